@@ -7,6 +7,7 @@ is trained under them and are never used twice (AUTOINCREMENT).
 
 import hashlib
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -64,6 +65,17 @@ CREATE TABLE completions (
     text TEXT NOT NULL,
     weight_version TEXT NOT NULL
 );
+"""
+
+# The versions whose lessons are in version ?: its ancestors, but a rollback continues the line of its target.
+_LINE = """
+WITH RECURSIVE line(id) AS (
+    SELECT ?
+    UNION
+    SELECT CASE versions.kind WHEN 'rollback' THEN versions.target ELSE versions.parent END AS before
+    FROM versions JOIN line ON versions.id = line.id
+    WHERE before IS NOT NULL  -- else NOT IN is never true
+)
 """
 
 
@@ -127,9 +139,25 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        # What people asked and taught is in it: for the owner only. SQLite gives its -wal and -shm files the same mode.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
+        try:
+            self._open(path)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, path: Path) -> None:
         self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode=WAL")
+        try:
+            self._to_wal()
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
+                raise
+            raise ValueError(
+                f"{path} is not an insitu store; move it away, or choose another state directory"
+            ) from error
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA foreign_keys=ON")
         with self._transaction():
@@ -140,6 +168,18 @@ class Store:
                 self._db.execute("PRAGMA user_version=1")
             elif found != 1:
                 raise ValueError(f"{path} has schema {found}, this insitu knows schema 1; use the insitu that wrote it")
+
+    def _to_wal(self) -> None:
+        """Two processes that open a new file at once: the change to WAL does not wait for the other's lock by itself."""
+        until = time.monotonic() + 30
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def close(self) -> None:
         with self._lock:
@@ -152,10 +192,12 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                # Also when the COMMIT failed; on a full disk SQLite may have rolled back by itself.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _rows(self, sql: str, *args: Any) -> list[sqlite3.Row]:
         with self._lock:
@@ -257,47 +299,51 @@ class Store:
     ) -> int:
         """Make a version id durable before any weight changes, and mark the feedback it takes up as in training."""
         with self._transaction() as db:
-            first = 0 if kind == "base" else None  # the served checkpoint is version 0
+            if kind == "base":
+                # The served checkpoint is version 0; a first start that died may have reserved it already.
+                db.execute("DELETE FROM versions WHERE id = 0 AND status != 'committed'")
             cursor = db.execute(
                 "INSERT INTO versions (id, kind, status, parent, target, created) VALUES (?, ?, 'reserved', ?, ?, ?)",
-                (first, kind, parent, target, time.time()),
+                (0 if kind == "base" else None, kind, parent, target, time.time()),
             )
             id = 0 if kind == "base" else int(cursor.lastrowid or 0)
             for item in feedback or []:
-                db.execute(
-                    "UPDATE feedback SET status = 'training', version = ?, attempts = attempts + 1 WHERE id = ?",
+                taken = db.execute(
+                    "UPDATE feedback SET status = 'training', version = ?, attempts = attempts + 1 "
+                    "WHERE id = ? AND status = 'queued'",
                     (id, item),
                 )
+                assert taken.rowcount == 1, f"feedback {item} is not queued"
             return id
 
     def commit(self, id: int, sha256: str, report: dict[str, Any]) -> None:
         """The version's file is complete and durable: from now on it is what a restart serves."""
         with self._transaction() as db:
-            db.execute(
-                "UPDATE versions SET status = 'committed', sha256 = ?, report = ? WHERE id = ?",
+            done = db.execute(
+                "UPDATE versions SET status = 'committed', sha256 = ?, report = ? WHERE id = ? AND status = 'reserved'",
                 (sha256, json.dumps(report), id),
             )
-            served = self._lineage(db, id)
-            marks = ",".join("?" * len(served))
+            assert done.rowcount == 1, f"version {id} is not reserved"
             # Of everything that was ever learned, what is in the line of the new head is applied, the rest is rolled back.
             db.execute(
-                f"UPDATE feedback SET status = 'applied', reason = NULL WHERE version IN ({marks}) "  # noqa: S608
-                "AND status IN ('training', 'applied', 'rolled_back')",
-                served,
+                f"{_LINE} UPDATE feedback SET status = 'applied', reason = NULL "  # noqa: S608
+                "WHERE version IN line AND status IN ('training', 'applied', 'rolled_back')",
+                (id,),
             )
             db.execute(
-                f"UPDATE feedback SET status = 'rolled_back', reason = 'version ' || ? || ' took it back' "  # noqa: S608
-                f"WHERE version NOT IN ({marks}) AND status = 'applied'",
-                [id, *served],
+                f"{_LINE} UPDATE feedback SET status = 'rolled_back', reason = 'version ' || ? || ' took it back' "  # noqa: S608
+                "WHERE version NOT IN line AND status = 'applied'",
+                (id, id),
             )
 
     def abandon(self, id: int, status: Literal["refused", "lost"], reason: str, report: dict[str, Any]) -> None:
         """The version will never be committed. Its feedback is refused with the reason; a lost one's is queued again."""
         with self._transaction() as db:
-            db.execute(
-                "UPDATE versions SET status = ?, report = ? WHERE id = ?",
+            ended = db.execute(
+                "UPDATE versions SET status = ?, report = ? WHERE id = ? AND status = 'reserved'",
                 (status, json.dumps({**report, "reason": reason}), id),
             )
+            assert ended.rowcount == 1, f"version {id} is not reserved"
             if status == "refused":
                 db.execute(
                     "UPDATE feedback SET status = 'refused', reason = ? WHERE version = ? AND status = 'training'",
@@ -317,7 +363,8 @@ class Store:
     def head(self) -> int | None:
         """The last committed version, or None in a new state directory."""
         rows = self._rows("SELECT MAX(id) AS id FROM versions WHERE status = 'committed'")
-        return rows[0]["id"]
+        found: int | None = rows[0]["id"]
+        return found
 
     def version(self, id: int) -> Version | None:
         rows = self._rows("SELECT * FROM versions WHERE id = ?", id)
@@ -326,20 +373,16 @@ class Store:
     def versions(self) -> list[Version]:
         return [_version(r) for r in self._rows("SELECT * FROM versions ORDER BY id")]
 
-    @staticmethod
-    def _lineage(db: sqlite3.Connection, id: int) -> list[int]:
-        """The versions whose lessons are in version ``id``; a rollback continues the line of its target."""
-        line: list[int] = []
-        at: int | None = id
-        while at is not None:
-            row = db.execute("SELECT kind, parent, target FROM versions WHERE id = ?", (at,)).fetchone()
-            line.append(at)
-            at = row["target"] if row["kind"] == "rollback" else row["parent"]
-        return line
-
     # -- rollbacks -----------------------------------------------------------------------------------------------------
     def add_rollback(self, target: int) -> Rollback:
+        """Ask for ``target`` again. One such request that is still open is enough: a client that repeats a POST whose answer
+        was lost gets that one."""
         with self._transaction() as db:
+            row = db.execute(
+                "SELECT * FROM rollbacks WHERE target = ? AND status IN ('queued', 'running')", (target,)
+            ).fetchone()
+            if row is not None:
+                return _rollback(row)
             cursor = db.execute(
                 "INSERT INTO rollbacks (created, target, status) VALUES (?, ?, 'queued')", (time.time(), target)
             )

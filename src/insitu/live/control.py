@@ -1,0 +1,175 @@
+"""The line between learner and server: a Unix socket with a handful of commands.
+
+The server hands out the arena once, then obeys: pause, publish, resume, score, generate. One learner at a time. The lease it
+holds on the weights ends only with its process: a connection that breaks is followed by a wait for that process to be gone,
+and only then does the server look at what it left behind (``on_writer_gone``).
+"""
+
+import asyncio
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from insitu.live.engines.base import Engine, PublishReport, SamplingParams
+from insitu.live.weights import handles
+from insitu.live.weights.arena import Arena
+
+_GRACE_SECONDS = 5.0  # for a learner that closed its connection to end by itself, before it is killed
+
+
+class ControlError(RuntimeError):
+    """The server refused a command; the message is its reason."""
+
+
+class ControlServer:
+    """Serves one learner at a time on ``path``. ``on_writer_gone`` runs when a learner's process has ended, before another
+    may attach, and is told whether the learner had paused the engine: it repairs the weights and ends the pause."""
+
+    def __init__(self, engine: Engine, arena: Arena, path: Path, on_writer_gone: Callable[[bool], None]) -> None:
+        self._engine = engine
+        self._arena = arena
+        self._on_writer_gone = on_writer_gone
+        self._listener = handles.listen(path)
+        self._thread = threading.Thread(target=self._accept, name="insitu-control", daemon=True)
+        self._closing = False
+        self.learner_pid: int | None = None
+        self.paused = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                if self._closing:
+                    return
+                raise
+            with connection:
+                try:
+                    pid = handles.check_peer(connection)
+                except handles.HandleError:
+                    continue
+                lease = os.pidfd_open(pid)
+                try:
+                    self.learner_pid = pid
+                    self._serve(connection)
+                finally:
+                    self.learner_pid = None
+                    if not self._closing:
+                        _outlive(lease)
+                        paused, self.paused = self.paused, False
+                        self._on_writer_gone(paused)
+                    os.close(lease)
+
+    def _serve(self, connection: socket.socket) -> None:
+        while True:
+            try:
+                message, _ = handles.receive(connection)
+                if message.get("do") == "attach":
+                    handles.send(connection, handles.manifest(self._arena), self._arena.fd)
+                else:
+                    handles.send(connection, self._obey(message))
+            except (ConnectionError, handles.HandleError):
+                return
+
+    def _obey(self, message: dict[str, Any]) -> dict[str, Any]:
+        try:
+            match message:
+                case {"do": "pause"}:
+                    self._engine.pause()
+                    self.paused = True
+                    return {}
+                case {"do": "publish"}:
+                    header = self._arena.header
+                    if header.writer:
+                        raise ValueError("the header still says that a write is going on; stamp it before publishing")
+                    return asdict(self._engine.publish(header.label))
+                case {"do": "resume"}:
+                    self._engine.resume()
+                    self.paused = False
+                    return {}
+                case {"do": "score", "ids": list(ids)}:
+                    return {"logprobs": [token.logprob for token in self._engine.score(ids)]}
+                case {"do": "generate", "prompts": list(prompts), "max_tokens": int(limit)}:
+                    return {"replies": asyncio.run(_greedy(self._engine, prompts, limit))}
+                case _:
+                    raise ValueError(f"unknown command {message.get('do')!r}")
+        except Exception as error:  # told to the learner, which decides; the engine goes on serving
+            return {"error": f"{type(error).__name__}: {error}"}
+
+
+async def _greedy(engine: Engine, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+    params = SamplingParams(max_tokens=limit, temperature=0.0, stop_token_ids=engine.info.eos_token_ids)
+
+    async def one(prompt: Sequence[int]) -> list[int]:
+        return [token.id async for token in engine.generate(prompt, params)]
+
+    return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+
+
+def _outlive(lease: int) -> None:
+    """Return when the process of this pidfd has ended; kill it if it does not within the grace: it must not write again."""
+    poll = select.poll()
+    poll.register(lease, select.POLLIN)
+    if not poll.poll(_GRACE_SECONDS * 1000):
+        signal.pidfd_send_signal(lease, signal.SIGKILL)
+        poll.poll()
+
+
+class EngineClient:
+    """The learner's end. Every method raises ConnectionError when the server is gone, ControlError when it refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = handles.connect(path)
+        handles.send(self._socket, {"do": "attach"})
+        message, fd = handles.receive(self._socket, want_fd=True)
+        if fd is None:
+            raise handles.HandleError("the server sent no descriptor with its handle")
+        self.arena = handles.open_arena(message, fd)
+
+    def close(self) -> None:
+        self._socket.close()
+        self.arena.close()
+
+    def server_gone(self) -> bool:
+        """Whether the other end has closed; does not block."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN | select.POLLHUP)
+        return bool(poll.poll(0)) and not self._socket.recv(1, socket.MSG_PEEK)
+
+    def _ask(self, **message: Any) -> dict[str, Any]:
+        handles.send(self._socket, message)
+        answer, _ = handles.receive(self._socket)
+        if "error" in answer:
+            raise ControlError(answer["error"])
+        return answer
+
+    def pause(self) -> None:
+        self._ask(do="pause")
+
+    def publish(self) -> PublishReport:
+        return PublishReport(**self._ask(do="publish"))
+
+    def resume(self) -> None:
+        self._ask(do="resume")
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        return list(self._ask(do="score", ids=list(ids))["logprobs"])
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy replies of the served weights."""
+        replies = self._ask(do="generate", prompts=[list(p) for p in prompts], max_tokens=max_tokens)["replies"]
+        return [list(reply) for reply in replies]

@@ -1,0 +1,308 @@
+"""The server process: the arena, the embedded engine, the HTTP front door, and a learner kept alive beside them.
+
+Start-up puts the last committed version into the arena and checks it bit for bit; the learner is a child process that attaches
+through the control socket. When a learner dies, whatever it left in the weights is undone before the next answer.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from insitu.live import source
+from insitu.live.config import ServeConfig
+from insitu.live.control import ControlServer
+from insitu.live.engines.embedded import EmbeddedEngine
+from insitu.live.keys import load_keys
+from insitu.live.store import Store
+from insitu.live.versions import Versions, checkpoint_files, read
+from insitu.live.weights import attach, handles
+from insitu.live.weights.arena import DTYPES, Arena, resident
+
+log = logging.getLogger("insitu.server")
+
+
+class StartError(RuntimeError):
+    """The server cannot start; the message says why and the way out."""
+
+
+class Server:
+    """One life of a server over one state directory. ``start`` makes it ready, ``run`` serves until told to stop."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
+        self._lock = _lock(self.state_dir / "server.lock", self.state_dir)
+        self.listener = _bind(config.host, config.port)
+        base = source.resolve(config.model, yes=config.yes)
+        cores = os.cpu_count() or 1
+        self._serve_threads = config.threads or max(1, cores // 2)
+        self._learn_threads = max(1, cores - self._serve_threads)
+        torch.set_num_threads(self._serve_threads)
+        self.keys = load_keys(self.state_dir)
+        self.store = Store(self.state_dir / "insitu.db")
+        self.versions = Versions(self.state_dir, base, self.store)
+        skeleton = attach.skeleton(base, DTYPES[config.dtype])
+        self.arena = Arena.create(attach.layout(skeleton))
+        self._views = self.arena.views()
+        self._aliases = attach.tied(skeleton)
+        self._load(base)
+        self.tokenizer = _tokenizer(base)
+        model = attach.build(base, self.arena, requires_grad=False)
+        self.engine = EmbeddedEngine(
+            model,
+            model_name=config.model if config.model == source.SMOLLM2 else base.name,
+            context_length=int(model.config.max_position_embeddings),
+            eos_token_ids=_eos_token_ids(model, self.tokenizer),
+            version=self.arena.header.label,
+            max_requests=config.max_requests,
+            cache_tokens=config.cache_tokens,
+        )
+        self.control = ControlServer(self.engine, self.arena, self.state_dir / "run" / "engine.sock", self._repair)
+        self._learner: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self.failure: str | None = None
+        self._uvicorn: Any = None
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host  # noqa: S104
+        return f"http://{host}:{self.listener.getsockname()[1]}"
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+    def _load(self, base: Path) -> None:
+        """Fill the arena with the last committed version, the base checkpoint in a new state directory."""
+        head = self.store.head()
+        known = self.store.get_meta("base")
+        if head is None:
+            self._fill(read(checkpoint_files(base)))
+            self.store.set_meta("base", str(base))
+            self.store.commit(self.store.reserve("base", None), self.arena.sha256(), {"source": self.config.model})
+            self.arena.stamp(0)
+            return
+        if known != str(base):
+            self._fill(read(checkpoint_files(base)))
+            first = self.store.version(0)
+            if first is None or self.arena.sha256() != first.sha256:
+                raise StartError(
+                    f"{self.state_dir} belongs to another model ({known}); choose another --state-dir for {base}"
+                )
+            self.store.set_meta("base", str(base))
+        self.versions.discard_uncommitted()
+        self._restore(head)
+
+    def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        with torch.no_grad():
+            attach.fill(self._views, tensors, self._aliases)
+
+    def _restore(self, version: int) -> None:
+        """The arena becomes this version bit for bit, or this raises."""
+        self.arena.mark_writing()
+        self._fill(self.versions.iter_version(version))
+        recorded = self.store.version(version)
+        if recorded is None or self.arena.sha256() != recorded.sha256:
+            raise StartError(f"the file of version {version} does not hold the bytes that were committed; restore it")
+        self.arena.stamp(version)
+
+    def _repair(self, paused: bool) -> None:
+        """A learner's process has ended: undo what it did not commit, and let requests go on."""
+        header = self.arena.header
+        head = self.store.head()
+        assert head is not None
+        try:
+            if header.writer or header.step or header.version != head:
+                log.warning("the learner died in %s; restoring version %d", header.label, head)
+                if not paused:
+                    self.engine.pause()
+                    paused = True
+                self._restore(head)
+                self.engine.publish(self.arena.header.label)
+            if paused:
+                self.engine.resume()
+        except Exception as error:  # nobody may be answered from weights of which nothing is known
+            self.failure = f"version {head} could not be restored: {error}"
+            log.critical("%s; stopping", self.failure)
+            self.stop()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+    def run(self, ready: threading.Event | None = None) -> None:
+        """Serve until :meth:`stop`, SIGINT or SIGTERM."""
+        import uvicorn
+
+        from insitu.live.api.app import create_app
+        from insitu.live.api.service import LocalService
+
+        self.engine.start()
+        self.control.start()
+        supervisor = threading.Thread(target=self._keep_a_learner, name="insitu-supervisor", daemon=True)
+        supervisor.start()
+        app = create_app(
+            self.engine,
+            LocalService(self.store),
+            self.tokenizer,
+            self.keys,
+            live_status=self.live_status,
+            allowed_hosts=[self.config.host],
+        )
+        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        announce = threading.Thread(target=self._announce, args=(ready,), daemon=True)
+        announce.start()
+        try:
+            self._uvicorn.run(sockets=[self.listener])
+        finally:
+            self.close()
+        if self.failure:
+            raise StartError(self.failure)
+
+    def stop(self) -> None:
+        if self._uvicorn is not None:
+            self._uvicorn.should_exit = True
+
+    def close(self) -> None:
+        """End the learner, then the engine. Nothing needs saving: what is committed is on disk."""
+        self._stopping.set()
+        (self.state_dir / "server.json").unlink(missing_ok=True)
+        self.control.close()
+        if self._learner is not None and self._learner.poll() is None:
+            self._learner.terminate()
+            try:
+                self._learner.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._learner.kill()
+        self.engine.close()
+        self.store.close()
+        self._lock.close()
+
+    def _announce(self, ready: threading.Event | None) -> None:
+        """Tell the command line where the server is, once it answers."""
+        while not self._uvicorn.started:
+            if self._stopping.wait(0.02):
+                return
+        facts = {"url": self.url, "pid": os.getpid(), "model": self.engine.info.model_name}
+        partial = self.state_dir / "server.json.partial"
+        partial.write_text(json.dumps(facts))
+        partial.replace(self.state_dir / "server.json")
+        if ready is not None:
+            ready.set()
+
+    def _keep_a_learner(self) -> None:
+        """Start a learner whenever none holds the state directory; back off when it keeps dying. One that outlived an
+        earlier server attaches by itself."""
+        delay = 0.5
+        started = 0.0
+        while not self._stopping.wait(0.2):
+            if self._learner is not None and self._learner.poll() is None:
+                continue
+            if self.control.learner_pid is not None or _held(self.state_dir / "learner.lock"):
+                continue
+            if self._learner is not None:
+                log.warning("the learner ended (exit code %s); starting another", self._learner.returncode)
+                delay = 0.5 if time.monotonic() - started > 60 else min(30.0, delay * 2)
+                if self._stopping.wait(delay):
+                    return
+            started = time.monotonic()
+            self._learner = self._start_learner()
+
+    def _start_learner(self) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "insitu.live.learner",
+            str(self.state_dir),
+            json.dumps(asdict(self.config.teach)),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._learn_threads)}
+        with (self.state_dir / "learner.log").open("ab") as output:
+            # A session of its own: Ctrl-C in a terminal ends the server, which then ends the learner in order.
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+
+    def live_status(self) -> dict[str, Any]:
+        """Facts of this process for GET /v1/live."""
+        header = self.arena.header
+        pid = self.control.learner_pid
+        return {
+            "weight_version": header.label,
+            "paused": self.control.paused,
+            "trial": bool(header.step or header.writer),
+            "learner": {"state": "attached" if pid is not None else "absent", "pid": pid},
+            "arena": {"bytes": self.arena.num_bytes, **resident()},
+        }
+
+
+def serve(config: ServeConfig) -> None:
+    """Start a server and run it until it is told to stop."""
+    server = Server(config)
+    ready = threading.Event()
+
+    def greet() -> None:
+        if ready.wait():
+            sys.stderr.write(
+                f"insitu serves {server.engine.info.model_name} (version {server.arena.header.label}) at {server.url}/v1\n"
+                f"state and keys: {server.state_dir}\n"
+                f"next:           insitu chat --state-dir {server.state_dir}\n"
+            )
+
+    threading.Thread(target=greet, daemon=True).start()
+    server.run(ready)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Bind before anything slow, so that a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
+        ) from error
+    return listener
+
+
+def _lock(path: Path, state_dir: Path) -> IO[str]:
+    """Hold the state directory as its only server, until the process ends."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise StartError(
+            f"another server already runs on {state_dir}; stop it, or choose another --state-dir"
+        ) from None
+    return file
+
+
+def _held(path: Path) -> bool:
+    """Whether some process holds the lock file."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _tokenizer(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base)
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a reply: the generation config's, and the tokenizer's own."""
+    found = model.generation_config.eos_token_id
+    ids = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)

@@ -1,0 +1,144 @@
+"""A teaching run: a few optimizer steps on a few examples, held by anchors, with the lesson learned and not burnt in.
+
+Every step has two halves, so that serving stops only for the second: :meth:`TeachingRun.prepare` runs forward and backward
+and only reads the weights; :meth:`TeachingRun.write` changes them in place. The loss of a step is
+
+    L = mean NLL of the examples' targets + anchor_weight * mean KL(model at the job's start || model) on the anchors
+
+and the run is done when the first term is below ``target_loss`` (:class:`insitu.live.config.TeachConfig`).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from insitu.data.batch import collate
+from insitu.data.chat import Example
+from insitu.data.loss import example_loss, kl_to_reference, reference_logprobs
+from insitu.live.config import TeachConfig
+from insitu.optim import APOLLO, APOLLOMini, param_groups
+
+_MICRO_BATCH = 8  # examples in one forward
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What forward and backward found. ``loss`` in nats per target token, ``anchor_kl`` likewise, ``grad_norm`` over all."""
+
+    loss: float
+    anchor_kl: float
+    grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.anchor_kl) and math.isfinite(self.grad_norm)
+
+
+class TeachingRun:
+    """The steps of one job. Every trainable parameter of ``model`` is trained; ``close`` gives the memory back."""
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        anchors: Sequence[Example],
+        config: TeachConfig,
+        pad_token_id: int,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self._targets = sum(sum(e.loss_mask) for e in examples)
+        self._batches = [
+            (collate(part, pad_token_id), part[0].freeze_context, sum(sum(e.loss_mask) for e in part))
+            for group in (False, True)
+            for part in _split([e for e in examples if e.freeze_context is group])
+        ]
+        # Before the first step: what the model said then is what it is held to.
+        self._anchors = [
+            (batch, reference_logprobs(model, batch))
+            for batch in (collate(part, pad_token_id) for part in _chunks(anchors, config.anchors_per_step))
+            if config.anchor_weight
+        ]
+        self._optimizer = make_optimizer(model, config)
+        self._step = 0
+
+    def prepare(self) -> Prepared:
+        """Forward and backward on the weights as they are. Reads only."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch, freeze_context, targets in self._batches:
+            share = targets / self._targets
+            part = example_loss(self.model, batch, freeze_context) * share
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+        anchor_kl = 0.0
+        if self._anchors:
+            batch, reference = self._anchors[self._step % len(self._anchors)]
+            divergence = kl_to_reference(self.model, batch, reference)
+            (self.config.anchor_weight * divergence).backward()  # type: ignore[no-untyped-call]
+            anchor_kl = divergence.item()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return Prepared(loss, anchor_kl, float(torch.nn.utils.get_total_norm(gradients)))
+
+    def write(self) -> None:
+        """One optimizer step, in place."""
+        self._step += 1
+        share = min(1.0, self._step / (self.config.warmup_steps + 1))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * share
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state held now."""
+        return sum(
+            value.numel() * value.element_size()
+            for state in self._optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    def close(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.state.clear()
+
+
+def make_optimizer(model: Any, config: TeachConfig) -> APOLLO:
+    """The configured optimizer over every trainable tensor, embeddings and head projected too (``dense="apollo"``)."""
+    if config.optimizer == "apollo-mini":
+        return APOLLOMini(
+            param_groups(model), lr=config.learning_rate, dense="apollo", limiter=config.limiter, seed=config.seed
+        )
+    groups = list(_capped(param_groups(model), config))
+    return APOLLO(groups, lr=config.learning_rate, dense="apollo", limiter=config.limiter, seed=config.seed)
+
+
+def _capped(groups: Sequence[dict[str, Any]], config: TeachConfig) -> Iterator[dict[str, Any]]:
+    """Split the projected groups by their projected side m, each with rank min(rank, m // rank_share)."""
+    for group in groups:
+        if group["role"] == "adamw":
+            yield group
+            continue
+        by_side: dict[int, list[int]] = {}
+        for i, parameter in enumerate(group["params"]):
+            by_side.setdefault(min(parameter.shape[0], parameter[0].numel()), []).append(i)
+        for side, members in by_side.items():
+            yield {
+                **group,
+                "params": [group["params"][i] for i in members],
+                "param_names": [group["param_names"][i] for i in members],
+                "rank": max(1, min(config.rank, side // config.rank_share)),
+            }
+
+
+def _split(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """Micro-batches of examples of similar length, so that little is padding."""
+    return _chunks(sorted(examples, key=lambda e: len(e.input_ids)), _MICRO_BATCH)
+
+
+def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    return (examples[start : start + size] for start in range(0, len(examples), size))

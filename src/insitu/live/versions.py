@@ -1,0 +1,106 @@
+"""Versions of the weights on disk, and the only way to read one back.
+
+A version is, for now, a complete safetensors file; version 0 is the checkpoint that was served first, and a rollback is a
+new version that repeats an older one's bytes and needs no file. Whoever wants weights, at start-up, for undo or for export,
+goes through :meth:`Versions.iter_version`, so a restarted server never serves the base by accident.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from insitu.live.store import Store
+
+
+class VersionError(ValueError):
+    """A version that does not exist, was never committed, or whose file is not what was written."""
+
+
+def checkpoint_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a Transformers checkpoint directory."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [model_dir / name for name in names]
+    if (single := model_dir / "model.safetensors").exists():
+        return [single]
+    raise VersionError(f"{model_dir} holds no model.safetensors; convert the checkpoint with save_pretrained() first")
+
+
+def read(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, one at a time, from memory-mapped files."""
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+
+
+class Versions:
+    """The versions of one state directory over one base checkpoint."""
+
+    def __init__(self, state_dir: Path, base: Path, store: Store) -> None:
+        self.directory = state_dir / "versions"
+        self.base = base
+        self.store = store
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+
+    def content(self, version: int) -> int:
+        """The version whose file holds the bytes of ``version``: itself, or what a rollback repeats."""
+        found = self.store.version(version)
+        if found is None or found.status != "committed":
+            known = [v.id for v in self.store.versions() if v.status == "committed"]
+            raise VersionError(f"version {version} does not exist; committed versions: {known}")
+        return version if found.target is None else self.content(found.target)
+
+    def path(self, version: int) -> Path:
+        return self.directory / f"v{version}.safetensors"
+
+    def iter_version(self, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of a committed version, by its name in the model. Raises VersionError naming what is missing."""
+        content = self.content(version)
+        if content == 0:
+            yield from read(checkpoint_files(self.base))
+            return
+        if not (file := self.path(content)).exists():
+            raise VersionError(f"the file of version {content} is missing: {file}")
+        try:
+            yield from read([file])
+        except Exception as error:  # safetensors raises its own type for a file that is cut short
+            raise VersionError(f"the file of version {content} cannot be read ({error}): {file}") from error
+
+    def write(self, version: int, views: Mapping[str, torch.Tensor]) -> None:
+        """Make the bytes of ``views`` durable as ``version``. It exists only once the store has committed it.
+
+        On any failure (a full disk: OSError) no file is left behind under the version's name.
+        """
+        target = self.path(version)
+        partial = target.with_suffix(".partial")
+        try:
+            save_file(dict(views), partial, metadata={"format": "pt", "insitu_version": str(version)})
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            partial.replace(target)
+            directory = os.open(self.directory, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def discard_uncommitted(self) -> list[Path]:
+        """Delete files of versions that were never committed: left-overs of a process that was killed while writing."""
+        committed = {self.path(v.id) for v in self.store.versions() if v.status == "committed"}
+        stray = [file for file in self.directory.iterdir() if file not in committed]
+        for file in stray:
+            file.unlink()
+        return stray
