@@ -1,7 +1,6 @@
 """A small HTTP client of an insitu server, for the command line and the demo. It finds URL and keys in the state directory."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +16,6 @@ _TIMEOUT = httpx2.Timeout(600, connect=5)
 
 class ClientError(RuntimeError):
     """The server is not there, or said no; the message is fit to be shown."""
-
-
-def default_state_dir() -> Path:
-    """``$INSITU_STATE``, else ``$XDG_STATE_HOME/insitu``, else ``~/.local/state/insitu``."""
-    if own := os.environ.get("INSITU_STATE"):
-        return Path(own).expanduser()
-    xdg = os.environ.get("XDG_STATE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".local" / "state") / "insitu"
 
 
 class Client:

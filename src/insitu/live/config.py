@@ -1,39 +1,51 @@
 """What a server and its learner can be told. Light: the command line reads this without loading torch."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 
+def default_state_dir() -> Path:
+    """``$INSITU_STATE``, else ``$XDG_STATE_HOME/insitu``, else ``~/.local/state/insitu``."""
+    if own := os.environ.get("INSITU_STATE"):
+        return Path(own).expanduser()
+    xdg = os.environ.get("XDG_STATE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".local" / "state") / "insitu"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeachConfig:
-    """How the learner teaches. The defaults come from experiments/first_minute."""
+    """How the learner teaches. The defaults come from experiments/first_minute.
+
+    Args:
+        optimizer: APOLLO (channel-wise scaling) or APOLLO-Mini (rank 1, tensor-wise).
+        learning_rate: AdamW's learning rate: alpha="auto" makes the update as large as AdamW's.
+        warmup_steps: Steps of linear warmup, each job anew.
+        max_steps: Most optimizer steps of one job.
+        target_loss: Stop when the examples' loss, in nats per token, is at most this.
+        anchor_weight: Weight of the KL term that holds replies to built-in prompts where they were at the job's start.
+        anchors_per_step: Anchors in each step; successive steps take successive ones, so that a long run sees all of them.
+        rank: Rank of the projection, capped for each tensor by rank_share.
+        rank_share: A tensor whose projected side is m has rank min(rank, m // rank_share).
+        limiter: Norm-growth limiter of the paper (1.01); none by default: a job is too short for it to help.
+        max_canary_kl: The gate: a step that changes the canaries' replies by more nats per token is undone and the job refused.
+        seed: Of the projections and of stochastic rounding.
+    """
 
     optimizer: Literal["apollo", "apollo-mini"] = "apollo"
-    """APOLLO (channel-wise scaling) or APOLLO-Mini (rank 1, tensor-wise)."""
     learning_rate: float = 5e-5
-    """AdamW's learning rate: alpha="auto" makes the update as large as AdamW's."""
     warmup_steps: int = 2
-    """Steps of linear warmup, each job anew."""
     max_steps: int = 24
-    """Most optimizer steps of one job."""
     target_loss: float = 0.05
-    """Stop when the examples' loss, in nats per token, is at most this."""
     anchor_weight: float = 1.0
-    """Weight of the KL term that holds replies to built-in prompts where they were at the job's start."""
     anchors_per_step: int = 6
-    """Anchors in each step; successive steps take successive ones, so that a long run sees all of them."""
     rank: int = 256
-    """Rank of the projection, capped for each tensor by rank_share."""
     rank_share: int = 8
-    """A tensor whose projected side is m has rank min(rank, m // rank_share)."""
     limiter: float | None = None
-    """Norm-growth limiter of the paper (1.01); none by default: a job is too short for it to help."""
     max_canary_kl: float = 1.5
-    """The gate: a step that changes the canaries' replies by more nats per token is undone and the job refused."""
     seed: int = 0
-    """Of the projections and of stochastic rounding."""
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("apollo", "apollo-mini"):
@@ -55,24 +67,26 @@ class TeachConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """What ``insitu serve`` was asked for."""
+    """What ``insitu serve`` was asked for.
 
-    model: str
-    """``smollm2``, a directory, or a Hub id."""
-    state_dir: Path
-    """Where versions, feedback and keys are kept."""
+    Args:
+        state_dir: Where versions, feedback and keys are kept; ~/.local/state/insitu unless $INSITU_STATE says otherwise.
+        host: Address to listen on; anything but loopback lets others reach the server.
+        port: Port to listen on; 0 takes a free one.
+        yes: Agree to the download of ``smollm2``.
+        dtype: Type of the weights, served and trained.
+        max_requests: Requests computed at once; more wait their turn.
+        cache_tokens: Room for keys and values, in tokens, all requests together.
+        threads: Threads for serving; 0 is half of the cores. The rest learn.
+        teach: How the learner teaches.
+    """
+
+    state_dir: Path = field(default_factory=default_state_dir)
     host: str = "127.0.0.1"
-    """Address to listen on; anything but loopback lets others reach the server."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
     yes: bool = False
-    """Agree to the download of ``smollm2``."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the weights, served and trained."""
     max_requests: int = 8
-    """Requests computed at once; more wait their turn."""
     cache_tokens: int = 16384
-    """Room for keys and values, in tokens, all requests together."""
     threads: int = 0
-    """Threads for serving; 0 is half of the cores. The rest learn."""
     teach: TeachConfig = field(default_factory=TeachConfig)

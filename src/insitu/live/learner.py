@@ -167,6 +167,7 @@ class Learner:
                     break
                 self._write(run, guard, parent, step, figures)
             report["optimizer_bytes"] = run.optimizer_bytes
+            report["weight_bytes"] = sum(slot.num_bytes for slot in self.arena.slots)
         finally:
             run.close()
         self._audit(canaries[0], report)

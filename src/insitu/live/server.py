@@ -40,12 +40,13 @@ class StartError(RuntimeError):
 class Server:
     """One life of a server over one state directory. ``start`` makes it ready, ``run`` serves until told to stop."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, model: str, config: ServeConfig) -> None:
         self.config = config
+        self.model_name = model if model == source.SMOLLM2 else Path(model).name
         self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
         self._lock = _lock(self.state_dir / "server.lock", self.state_dir)
         self.listener = _bind(config.host, config.port)
-        base = source.resolve(config.model, yes=config.yes)
+        base = source.resolve(model, yes=config.yes)
         cores = os.cpu_count() or 1
         self._serve_threads = config.threads or max(1, cores // 2)
         self._learn_threads = max(1, cores - self._serve_threads)
@@ -59,12 +60,12 @@ class Server:
         self._aliases = attach.tied(skeleton)
         self._load(base)
         self.tokenizer = _tokenizer(base)
-        model = attach.build(base, self.arena, requires_grad=False)
+        served = attach.build(base, self.arena, requires_grad=False)
         self.engine = EmbeddedEngine(
-            model,
-            model_name=config.model if config.model == source.SMOLLM2 else base.name,
-            context_length=int(model.config.max_position_embeddings),
-            eos_token_ids=_eos_token_ids(model, self.tokenizer),
+            served,
+            model_name=self.model_name,
+            context_length=int(served.config.max_position_embeddings),
+            eos_token_ids=_eos_token_ids(served, self.tokenizer),
             version=self.arena.header.label,
             max_requests=config.max_requests,
             cache_tokens=config.cache_tokens,
@@ -88,7 +89,7 @@ class Server:
         if head is None:
             self._fill(read(checkpoint_files(base)))
             self.store.set_meta("base", str(base))
-            self.store.commit(self.store.reserve("base", None), self.arena.sha256(), {"source": self.config.model})
+            self.store.commit(self.store.reserve("base", None), self.arena.sha256(), {"source": self.model_name})
             self.arena.stamp(0)
             return
         if known != str(base):
@@ -240,15 +241,15 @@ class Server:
         }
 
 
-def serve(config: ServeConfig) -> None:
+def serve(model: str, config: ServeConfig) -> None:
     """Start a server and run it until it is told to stop."""
-    server = Server(config)
+    server = Server(model, config)
     ready = threading.Event()
 
     def greet() -> None:
         if ready.wait():
             sys.stderr.write(
-                f"insitu serves {server.engine.info.model_name} (version {server.arena.header.label}) at {server.url}/v1\n"
+                f"insitu serves {server.model_name} (version {server.arena.header.label}) at {server.url}/v1\n"
                 f"state and keys: {server.state_dir}\n"
                 f"next:           insitu chat --state-dir {server.state_dir}\n"
             )

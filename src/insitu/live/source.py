@@ -82,7 +82,7 @@ def resolve(
     if name == SMOLLM2:
         return _resolve_smollm2(cache_dir or cache_directory(), yes=yes, ask=ask, progress=progress)
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return _check_directory(path)
     if HUB_ID.fullmatch(name) is None:
         raise SourceError(
@@ -135,7 +135,7 @@ def _shards(path: Path) -> list[Path]:
         return sorted(path.glob("*.safetensors"))
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index} is broken ({error!r}); fetch or save the model again") from error
     return [path / name for name in sorted(names)]
 
