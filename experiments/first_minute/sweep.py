@@ -111,7 +111,7 @@ def plan(stage: str, chosen: list[dict[str, Any]]) -> list[tuple[str, dict[str, 
     names = [b["name"] for b in SPEC["behaviours"]]
     if stage == "factors":
         return [(name, {**CENTRE, **factor}) for factor in FACTORS for name in names]
-    return [(name, {**CENTRE, **c, "seed": seed}) for c in chosen for seed in range(5) for name in names]
+    return [(name, {**CENTRE, **c, "seed": seed}) for seed in range(5) for c in chosen for name in names]
 
 
 def main() -> None:

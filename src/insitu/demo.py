@@ -40,10 +40,10 @@ def served(
                 told = (state_dir / "server.log").read_text().strip().splitlines()
                 raise ClientError(f"the server did not start: {told[-1] if told else 'it said nothing'}")
             time.sleep(0.05)
-        client = Client(state_dir)
-        while client.get("/v1/live")["learner"]["state"] != "attached":
-            time.sleep(0.1)
-        yield client
+        with Client(state_dir) as client:
+            while client.get("/v1/live")["learner"]["state"] != "ready":
+                time.sleep(0.1)
+            yield client
     finally:
         process.send_signal(signal.SIGTERM)
         try:

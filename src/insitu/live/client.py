@@ -33,6 +33,12 @@ class Client:
             base_url=self.facts["url"], headers={"authorization": f"Bearer {keys.learn}"}, timeout=_TIMEOUT
         )
 
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.http.close()
+
     def request(self, method: str, path: str, body: Any = None) -> httpx2.Response:
         """Raises ClientError with the server's own message unless the answer is a success."""
         try:

@@ -72,6 +72,7 @@ class ServeConfig:
     Args:
         state_dir: Where versions, feedback and keys are kept; ~/.local/state/insitu unless $INSITU_STATE says otherwise.
         host: Address to listen on; anything but loopback lets others reach the server.
+        allowed_hosts: Host names, beside the loopback ones, under which clients may reach the server.
         port: Port to listen on; 0 takes a free one.
         yes: Agree to the download of ``smollm2``.
         dtype: Type of the weights, served and trained.
@@ -83,6 +84,7 @@ class ServeConfig:
 
     state_dir: Path = field(default_factory=default_state_dir)
     host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
     port: int = 8000
     yes: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -39,6 +39,7 @@ class ControlServer:
         self._thread = threading.Thread(target=self._accept, name="insitu-control", daemon=True)
         self._closing = False
         self.learner_pid: int | None = None
+        self.learner_ready = False
         self.paused = False
 
     def start(self) -> None:
@@ -68,6 +69,7 @@ class ControlServer:
                     self._serve(connection)
                 finally:
                     self.learner_pid = None
+                    self.learner_ready = False
                     if not self._closing:
                         _outlive(lease)
                         paused, self.paused = self.paused, False
@@ -88,6 +90,9 @@ class ControlServer:
     def _obey(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
             match message:
+                case {"do": "ready"}:
+                    self.learner_ready = True
+                    return {}
                 case {"do": "pause"}:
                     self._engine.pause()
                     self.paused = True
@@ -139,6 +144,7 @@ class EngineClient:
         if fd is None:
             raise handles.HandleError("the server sent no descriptor with its handle")
         self.arena = handles.open_arena(message, fd)
+        self.paused = False
 
     def close(self) -> None:
         self._socket.close()
@@ -157,14 +163,22 @@ class EngineClient:
             raise ControlError(answer["error"])
         return answer
 
+    def ready(self) -> None:
+        """Tell the server that the weights were verified and lessons are taken."""
+        self._ask(do="ready")
+
     def pause(self) -> None:
-        self._ask(do="pause")
+        """Idempotent: whoever cleans up need not know how far the work had got."""
+        if not self.paused:
+            self._ask(do="pause")
+            self.paused = True
 
     def publish(self) -> PublishReport:
         return PublishReport(**self._ask(do="publish"))
 
     def resume(self) -> None:
         self._ask(do="resume")
+        self.paused = False
 
     def score(self, ids: Sequence[int]) -> list[float]:
         return list(self._ask(do="score", ids=list(ids))["logprobs"])

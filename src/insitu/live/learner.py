@@ -27,7 +27,7 @@ from insitu.data.chat import DataError, Example, encode_continuation, encode_mes
 from insitu.data.loss import target_logprobs
 from insitu.live import prompts
 from insitu.live.config import TeachConfig
-from insitu.live.control import ControlError, EngineClient
+from insitu.live.control import EngineClient
 from insitu.live.guard import MAX_GAP, Guard, gap
 from insitu.live.store import Feedback, Rollback, Store
 from insitu.live.teaching import TeachingRun
@@ -69,6 +69,7 @@ class Learner:
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self._threads = torch.get_num_threads()
         self._verify()
+        engine.ready()
 
     def _verify(self) -> None:
         """What lies in the arena must be, bit for bit, the version that the store says was committed last."""
@@ -120,7 +121,9 @@ class Learner:
         log.info("version %d: learning from %d examples", version, len(encoded))
         report: dict[str, Any] = {"examples": len(encoded), "config": asdict(self.config), "steps": []}
         try:
-            self._run(version, parent, [example for _, example in encoded], report)
+            self._run(parent, [example for _, example in encoded], report)
+            self.versions.write(version, self.views)
+            self.store.commit(version, self.arena.sha256(), report)
         except ConnectionError:
             self.store.abandon(version, "lost", "the server went away during the job", report)
             raise
@@ -128,12 +131,17 @@ class Learner:
             self._undo(parent)
             self.store.abandon(version, "refused", str(error), {**report, **error.figures})
             log.warning("version %d refused: %s", version, error)
-        except (ControlError, OSError, RuntimeError, MemoryError, ValueError) as error:
-            # Anything that goes wrong in a job ends the job, not the service; the reason goes to whoever asked.
+        except Exception as error:
+            # Anything that goes wrong in a job (a full disk, memory, our own bug) ends the job and not the service; the
+            # reason goes to whoever asked, the traceback to the log.
             self._undo(parent)
             reason = f"{type(error).__name__}: {error}"
             self.store.abandon(version, "refused", reason, report)
             log.exception("version %d failed", version)
+        else:
+            # Outside the try: a committed version is never taken back, whatever becomes of this process now.
+            log.info("version %d committed", version)
+            self._serve_as(version)
 
     def _encode(self, item: Feedback) -> Example:
         payload = item.payload
@@ -150,7 +158,8 @@ class Learner:
             freeze_context=frozen,
         )
 
-    def _run(self, version: int, parent: int, examples: list[Example], report: dict[str, Any]) -> None:
+    def _run(self, parent: int, examples: list[Example], report: dict[str, Any]) -> None:
+        """The steps and the audit; raises RefusedError, with the weights possibly changed."""
         started = time.monotonic()
         replies = self._replies([*prompts.ANCHORS, *prompts.CANARIES])
         anchors, canaries = replies[: len(prompts.ANCHORS)], replies[len(prompts.ANCHORS) :]
@@ -172,7 +181,6 @@ class Learner:
             run.close()
         self._audit(canaries[0], report)
         report["seconds"] = round(time.monotonic() - started, 3)
-        self._commit(version, report)
 
     def _write(self, run: TeachingRun, guard: Guard, parent: int, step: int, figures: dict[str, Any]) -> None:
         """One step that everybody sees: pause, write, gate, publish, resume."""
@@ -210,12 +218,6 @@ class Learner:
                 f"server and learner disagree by {found:.2f} nats on the same tokens; the limit is {MAX_GAP}", gap=found
             )
 
-    def _commit(self, version: int, report: dict[str, Any]) -> None:
-        self.versions.write(version, self.views)
-        self.store.commit(version, self.arena.sha256(), report)
-        log.info("version %d committed", version)
-        self._serve_as(version)
-
     def _serve_as(self, version: int) -> None:
         """The bytes already are this version's: let every answer from now on say so."""
         self.engine.pause()
@@ -224,14 +226,14 @@ class Learner:
         self.engine.resume()
 
     def _undo(self, parent: int) -> None:
-        """Put the last committed version back, and serve it. Idempotent: also when nothing was written yet."""
+        """Put the last committed version back, and serve it; nothing to do if no weight was written yet."""
         header = self.arena.header
-        if header.step == 0 and header.writer == 0:
-            return
-        self.engine.pause()
-        self._restore(parent)
-        self.engine.publish()
-        self.engine.resume()
+        if header.step or header.writer:
+            self.engine.pause()
+            self._restore(parent)
+            self.engine.publish()
+        if self.engine.paused:
+            self.engine.resume()
 
     def _restore(self, version: int) -> None:
         """Inside a pause: the weights become ``version``'s, bit for bit, or this raises."""
@@ -257,7 +259,7 @@ class Learner:
         self.engine.pause()
         try:
             self._restore(request.target)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             self._restore(parent)
             self.engine.publish()
             self.engine.resume()

@@ -154,7 +154,7 @@ class Server:
             self.tokenizer,
             self.keys,
             live_status=self.live_status,
-            allowed_hosts=[self.config.host],
+            allowed_hosts=[self.config.host, *self.config.allowed_hosts],
         )
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         announce = threading.Thread(target=self._announce, args=(ready,), daemon=True)
@@ -232,11 +232,12 @@ class Server:
         """Facts of this process for GET /v1/live."""
         header = self.arena.header
         pid = self.control.learner_pid
+        state = "absent" if pid is None else "ready" if self.control.learner_ready else "attaching"
         return {
             "weight_version": header.label,
             "paused": self.control.paused,
             "trial": bool(header.step or header.writer),
-            "learner": {"state": "attached" if pid is not None else "absent", "pid": pid},
+            "learner": {"state": state, "pid": pid},
             "arena": {"bytes": self.arena.num_bytes, **resident()},
         }
 

@@ -85,7 +85,7 @@ class Arena:
         self.num_bytes = slots[-1].offset + -(-slots[-1].num_bytes // PAGE) * PAGE
         if (size := os.fstat(fd).st_size) != self.num_bytes:
             raise ValueError(f"the arena has {size} bytes, its layout needs {self.num_bytes}: not the same model")
-        if fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS != _SEALS:
+        if _seals(fd) & _SEALS != _SEALS:
             raise ValueError("the arena is not sealed against resizing; refusing to map memory that can vanish")
         self._map = mmap.mmap(fd, self.num_bytes)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -142,6 +142,13 @@ class Arena:
                 with memory[slot.offset : slot.offset + slot.num_bytes] as part:
                     digest.update(part)
         return digest.hexdigest()
+
+
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, _F_GET_SEALS)
+    except OSError:  # no memfd at all
+        return 0
 
 
 def resident(pid: int | str = "self") -> dict[str, int]:

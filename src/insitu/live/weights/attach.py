@@ -93,8 +93,12 @@ def fill(
     Raises AttachError naming the tensor; the arena's content is then undefined.
     """
     missing = set(views)
+    again: list[tuple[str, torch.Tensor]] = []  # what a checkpoint holds under a tied tensor's other name
     for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            raise AttachError(f"the checkpoint's {name!r} is {tensor.dtype}: quantized weights cannot be served here")
         if name in aliases:
+            again.append((name, tensor))
             continue
         if name not in missing:
             raise AttachError(f"the checkpoint's {name!r} is unknown to the model, or came twice")
@@ -104,3 +108,7 @@ def fill(
         missing.remove(name)
     if missing:
         raise AttachError(f"the checkpoint lacks {min(missing)!r} ({len(missing)} tensors in all)")
+    for name, tensor in again:
+        owner = views[aliases[name]]
+        if not torch.equal(tensor.to(owner.dtype), owner):
+            raise AttachError(f"the checkpoint's {name!r} is not its {aliases[name]!r}, to which the model ties it")

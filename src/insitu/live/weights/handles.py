@@ -8,10 +8,11 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from insitu.live.weights.arena import DTYPES, Arena, Slot
+from insitu.live.weights.arena import DTYPES, PAGE, Arena, Slot
 
 _MAX_MESSAGE = 16 << 20
 _LENGTH = struct.Struct("<Q")
@@ -23,7 +24,8 @@ class HandleError(ValueError):
 
 def private_directory(path: Path) -> Path:
     """Make the directory 0700, or check that it is ours, real (no link) and closed to others."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # whatever is there is looked at below
+        path.mkdir(mode=0o700, parents=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise HandleError(f"{path} is not a directory (a link is not followed here); remove it or choose another place")
@@ -96,6 +98,16 @@ def send(connection: socket.socket, message: dict[str, Any], fd: int | None = No
 def receive(connection: socket.socket, *, want_fd: bool = False) -> tuple[dict[str, Any], int | None]:
     """The next message. Raises ConnectionError at the end of the stream, HandleError on anything but a JSON object."""
     head, fds, _, _ = socket.recv_fds(connection, _LENGTH.size, 1 if want_fd else 0)
+    try:
+        return _message(connection, head), fds[0] if fds else None
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _message(connection: socket.socket, head: bytes) -> dict[str, Any]:
+    """The rest of the message that begins with ``head``."""
     head += _exactly(connection, _LENGTH.size - len(head)) if head else b""
     if not head:
         raise ConnectionError("the other side is gone")
@@ -104,11 +116,11 @@ def receive(connection: socket.socket, *, want_fd: bool = False) -> tuple[dict[s
         raise HandleError(f"a message of {length} bytes was announced; the limit is {_MAX_MESSAGE}")
     try:
         message = json.loads(_exactly(connection, length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HandleError(f"a message that is not JSON: {error}") from error
     if not isinstance(message, dict):
         raise HandleError(f"a message must be a JSON object, not {type(message).__name__}")
-    return message, fds[0] if fds else None
+    return message
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
@@ -132,7 +144,7 @@ def open_arena(message: dict[str, Any], fd: int) -> Arena:
     """Map the arena of a manifest. Every field is checked: overlapping or misplaced slots are refused by name."""
     if message.get("format") != 1 or message.get("device") != "cpu":
         raise HandleError(f"unknown handle: format {message.get('format')!r}, device {message.get('device')!r}")
-    slots, end = [], 0
+    slots, end = [], PAGE
     raw = message.get("slots")
     if not isinstance(raw, list) or not raw:
         raise HandleError("the handle names no slots")
@@ -146,7 +158,7 @@ def open_arena(message: dict[str, Any], fd: int) -> Arena:
             raise HandleError(f"slot {name!r} has dtype {dtype!r} and shape {shape!r}")
         slot = Slot(name, offset, dtype, tuple(shape))
         if offset < end or offset % DTYPES[dtype].itemsize:
-            raise HandleError(f"slot {name!r} at byte {offset} overlaps its neighbour or is not aligned")
+            raise HandleError(f"slot {name!r} at byte {offset} overlaps what lies before it or is not aligned")
         slots.append(slot)
         end = offset + slot.num_bytes
     if len({slot.name for slot in slots}) != len(slots):

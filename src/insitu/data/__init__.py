@@ -1,0 +1,1 @@
+"""Chat examples to tokens, masks, padded batches and losses."""

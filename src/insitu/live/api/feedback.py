@@ -1,0 +1,130 @@
+"""``/v1/feedback``: what the model is to learn. Checked in full when it is posted, so that nothing fails later in the queue."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+
+from insitu.data.chat import encode_continuation, encode_messages
+from insitu.data.messages import DataError, check_messages
+from insitu.live.api.auth import Caller, learn_key
+from insitu.live.api.errors import ApiError
+from insitu.live.api.schema import Correction, FeedbackRequest, as_text
+from insitu.live.api.serving import Serving
+from insitu.live.store import Feedback, IdInUseError
+
+Kind = Literal["messages", "continuation"]
+
+
+def feedback_router(serving: Serving) -> APIRouter:
+    router = APIRouter()
+    caller_of = learn_key(serving.keys)
+
+    @router.post("/v1/feedback", status_code=202)
+    async def create_feedback(body: FeedbackRequest, caller: Annotated[Caller, Depends(caller_of)]) -> Response:
+        """202 when it was queued, 200 when it was known already: a client may repeat a post whose answer was lost."""
+        kind, payload = await _payload(serving, body, caller)
+        try:
+            item, is_new = await serving.service.add_feedback(kind, payload, body.id)
+        except IdInUseError as error:
+            raise ApiError(409, str(error), param="id", code="id_in_use") from error
+        return JSONResponse(describe(item), 202 if is_new else 200)
+
+    @router.get("/v1/feedback/{id}", dependencies=[Depends(caller_of)])
+    async def retrieve_feedback(id: str) -> dict[str, Any]:
+        item = await serving.service.feedback(id)
+        if item is None:
+            raise ApiError(404, f"there is no feedback {id!r}", param="id", code="not_found")
+        return describe(item)
+
+    return router
+
+
+def describe(item: Feedback) -> dict[str, Any]:
+    """``weight_version`` is the version that took it up, as it is spelled in the ``x-weight-version`` header."""
+    return {
+        "object": "feedback",
+        "id": item.id,
+        "created": int(item.created),
+        "kind": item.kind,
+        "status": item.status,
+        "reason": item.reason,
+        "weight_version": None if item.version is None else str(item.version),
+    }
+
+
+async def _payload(serving: Serving, body: FeedbackRequest, caller: Caller) -> tuple[Kind, dict[str, Any]]:
+    """What goes into the store, once it is sure that the learner can encode it."""
+    freeze = {"freeze_context": True} if body.freeze_context else {}
+    match _form(body):
+        case "messages":
+            assert body.messages is not None
+            given = [message.plain() for message in body.messages]
+            return "messages", {"messages": await serving.tokenize(_checked, serving, given), **freeze}
+        case "correction":
+            return "messages", {"messages": await _corrected(serving, body, caller), **freeze}
+        case _:
+            ids = {"context_ids": body.context_ids, "continuation_ids": body.continuation_ids}
+            await run_in_threadpool(_check_ids, serving, **ids)
+            return "continuation", {**ids, **freeze}
+
+
+def _checked(serving: Serving, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same messages in one spelling, so that a repeated post is recognised however it is spelled."""
+    turns = check_messages(given)
+    messages: list[dict[str, Any]] = [
+        {**turn.for_template(), "weight": 0} if turn.role == "assistant" and not turn.train else {**turn.for_template()}
+        for turn in turns
+    ]
+    encode_messages(serving.tokenizer, messages, max_length=serving.engine.info.context_length)
+    return messages
+
+
+def _check_ids(serving: Serving, *, context_ids: Any, continuation_ids: Any) -> None:
+    info = serving.engine.info
+    encode_continuation(
+        context_ids, continuation_ids, vocab_size=serving.detokenizer.vocab_size, max_length=info.context_length
+    )
+
+
+def _form(body: FeedbackRequest) -> Literal["messages", "correction", "continuation"]:
+    """Which of the three ways to say it was used; exactly one, and whole."""
+    forms: dict[Literal["messages", "correction", "continuation"], tuple[str, ...]] = {
+        "messages": ("messages",),
+        "correction": ("completion_id", "correction"),
+        "continuation": ("context_ids", "continuation_ids"),
+    }
+    given = [form for form, names in forms.items() if any(getattr(body, name) is not None for name in names)]
+    if len(given) != 1:
+        ways = "messages, or completion_id and correction, or context_ids and continuation_ids"
+        param = forms[given[1]][0] if given else None
+        raise ApiError(400, f"send exactly one of: {ways}", param=param, code="invalid_value")
+    for name in forms[given[0]]:
+        if getattr(body, name) is None:
+            message = f"missing required parameter: {name}"
+            raise ApiError(400, message, param=name, code="missing_required_parameter")
+    return given[0]
+
+
+async def _corrected(serving: Serving, body: FeedbackRequest, caller: Caller) -> list[dict[str, Any]]:
+    """The conversation of an earlier answer with the right answer in its place, which alone is to be learned."""
+    assert body.completion_id is not None
+    assert body.correction is not None
+    completion = await serving.service.completion(body.completion_id)
+    if completion is None or completion.key != caller.key:
+        # One answer to both: whether somebody else's completion exists is not told.
+        message = f"this key was given no completion {body.completion_id!r} (only the key that asked may correct)"
+        raise ApiError(404, message, param="completion_id", code="not_found")
+    if not completion.messages:
+        message = (
+            f"{body.completion_id!r} is from /v1/completions, which has no turns; use context_ids and continuation_ids"
+        )
+        raise ApiError(422, message, param="completion_id", code="invalid_content")
+    text = as_text(body.correction.content if isinstance(body.correction, Correction) else body.correction)
+    # An explicit 0 on earlier answers: they were the model's own, and nobody said that they were right.
+    context = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in completion.messages]
+    try:
+        return await serving.tokenize(_checked, serving, [*context, {"role": "assistant", "content": text}])
+    except DataError as error:
+        raise DataError(str(error), "correction") from error

@@ -1,0 +1,129 @@
+"""``/v1/live``: what the server is doing, its versions, and the way back to one of them."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+
+from insitu.live.api.auth import learn_key
+from insitu.live.api.errors import ApiError
+from insitu.live.api.schema import RollbackRequest
+from insitu.live.api.serving import Serving
+from insitu.live.store import Rollback, Version
+
+_POLL_SECONDS = 0.1
+
+
+def live_router(serving: Serving, live_status: Callable[[], Mapping[str, Any]]) -> APIRouter:
+    router = APIRouter()
+    service = serving.service
+    may_learn = [Depends(learn_key(serving.keys))]
+
+    @router.get("/v1/live")
+    async def live() -> dict[str, Any]:
+        extra = await run_in_threadpool(live_status)
+        counts = await service.counts()
+        facts = {
+            "object": "live",
+            "model": serving.engine.info.model_name,
+            "state": _state(serving.engine.healthy(), counts, extra),
+            "weight_version": serving.engine.version,
+            "head": await service.head(),
+            "feedback": counts,
+            "learner": {},
+        }
+        return {name: jsonable(fact) for name, fact in {**facts, **extra}.items()}
+
+    @router.get("/v1/live/versions")
+    async def list_versions() -> dict[str, Any]:
+        return {"object": "list", "data": [_describe_version(version) for version in await service.versions()]}
+
+    @router.post("/v1/live/versions/{id}/rollback", dependencies=may_learn)
+    async def roll_back(
+        request: Request,
+        id: str,
+        body: RollbackRequest | None = None,
+        timeout: Annotated[float, Query(ge=0, le=300, description="Seconds to wait for the learner.")] = 30,
+    ) -> Response:
+        """200 when the version is served again, 202 when the learner has not got to it yet, 409 with the reason when it
+        could not be done."""
+        target = _number(id)
+        version = None if target is None else await service.version(target)
+        if version is None or version.status != "committed":
+            found = "does not exist" if version is None else f"was never served: it is {version.status}"
+            raise ApiError(404, f"version {id} {found}", param="id", code="version_not_found")
+        rollback = await service.add_rollback(version.id)
+        until = time.monotonic() + timeout
+        while rollback.status in ("queued", "running") and time.monotonic() < until:
+            await asyncio.sleep(_POLL_SECONDS)
+            if await request.is_disconnected():
+                break
+            rollback = await service.rollback(rollback.id) or rollback
+        if rollback.status == "failed":
+            raise ApiError(409, rollback.reason or "the rollback failed", code="rollback_failed")
+        return JSONResponse(_describe_rollback(rollback), 200 if rollback.status == "done" else 202)
+
+    @router.get("/v1/live/rollbacks/{id}", dependencies=may_learn)
+    async def retrieve_rollback(id: str) -> dict[str, Any]:
+        number = _number(id)
+        rollback = None if number is None else await service.rollback(number)
+        if rollback is None:
+            raise ApiError(404, f"there is no rollback {id!r}", param="id", code="not_found")
+        return _describe_rollback(rollback)
+
+    return router
+
+
+def _state(healthy: bool, counts: Mapping[str, int], extra: Mapping[str, Any]) -> str:
+    """``degraded`` is a server that cannot answer, or answers but cannot learn because its learner is away."""
+    if not healthy or extra.get("learner", {}).get("state") == "absent":
+        return "degraded"
+    if extra.get("paused"):
+        return "paused"
+    return "learning" if extra.get("trial") or counts.get("training") else "serving"
+
+
+def _number(text: str) -> int | None:
+    """An id from a path, or None if it can be nobody's."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
+def _describe_version(version: Version) -> dict[str, Any]:
+    return {
+        "object": "live.version",
+        "id": version.id,
+        "kind": version.kind,
+        "status": version.status,
+        "parent": version.parent,
+        "target": version.target,
+        "created": int(version.created),
+        "sha256": version.sha256,
+        "report": jsonable(version.report),
+    }
+
+
+def _describe_rollback(rollback: Rollback) -> dict[str, Any]:
+    return {
+        "object": "rollback",
+        "id": rollback.id,
+        "status": rollback.status,
+        "target": rollback.target,
+        "version": rollback.version,
+        "reason": rollback.reason,
+    }
+
+
+def jsonable(value: Any) -> Any:
+    """A report may hold the NaN for which its update was refused; JSON has none, so it becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value

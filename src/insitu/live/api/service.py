@@ -1,0 +1,76 @@
+"""What the routes need from the memory of learning, and the service that has it in this process.
+
+The routes know this interface only, so the same routers serve inside another server's process, where the store is reached
+over a socket.
+"""
+
+from typing import Any, Literal, Protocol
+
+from starlette.concurrency import run_in_threadpool
+
+from insitu.live.store import Completion, Feedback, Rollback, Store, Version
+
+
+class LiveService(Protocol):
+    """The store, asynchronously. Every method answers as :class:`insitu.live.store.Store`'s of the same name."""
+
+    async def add_completion(self, completion: Completion) -> None: ...
+
+    async def completion(self, id: str) -> Completion | None: ...
+
+    async def add_feedback(
+        self, kind: Literal["messages", "continuation"], payload: dict[str, Any], id: str | None = None
+    ) -> tuple[Feedback, bool]: ...
+
+    async def feedback(self, id: str) -> Feedback | None: ...
+
+    async def counts(self) -> dict[str, int]: ...
+
+    async def head(self) -> int | None: ...
+
+    async def version(self, id: int) -> Version | None: ...
+
+    async def versions(self) -> list[Version]: ...
+
+    async def add_rollback(self, target: int) -> Rollback: ...
+
+    async def rollback(self, id: int) -> Rollback | None: ...
+
+
+class LocalService:
+    """A :class:`LiveService` over a store in this process. SQLite blocks, so each call runs in a thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def add_completion(self, completion: Completion) -> None:
+        await run_in_threadpool(self._store.add_completion, completion)
+
+    async def completion(self, id: str) -> Completion | None:
+        return await run_in_threadpool(self._store.completion, id)
+
+    async def add_feedback(
+        self, kind: Literal["messages", "continuation"], payload: dict[str, Any], id: str | None = None
+    ) -> tuple[Feedback, bool]:
+        return await run_in_threadpool(self._store.add_feedback, kind, payload, id)
+
+    async def feedback(self, id: str) -> Feedback | None:
+        return await run_in_threadpool(self._store.feedback, id)
+
+    async def counts(self) -> dict[str, int]:
+        return await run_in_threadpool(self._store.counts)
+
+    async def head(self) -> int | None:
+        return await run_in_threadpool(self._store.head)
+
+    async def version(self, id: int) -> Version | None:
+        return await run_in_threadpool(self._store.version, id)
+
+    async def versions(self) -> list[Version]:
+        return await run_in_threadpool(self._store.versions)
+
+    async def add_rollback(self, target: int) -> Rollback:
+        return await run_in_threadpool(self._store.add_rollback, target)
+
+    async def rollback(self, id: int) -> Rollback | None:
+        return await run_in_threadpool(self._store.rollback, id)

@@ -1,0 +1,95 @@
+"""Stochastic rounding of float32 to bfloat16, without a random generator.
+
+A bf16 weight moves only when an update exceeds half its last place; a relative update of 1e-4 leaves 98 % of the
+weights unchanged under nearest rounding. Rounding up with probability equal to the discarded fraction keeps the mean.
+
+The 16 random bits of an element are a hash of (key, global element index), so the slices of a tensor round exactly as
+the whole does, and replicas stay bit-identical. The hash is made of wrapping int32 products, xors and shifts, which
+torch runs vectorised on every device; one 32-bit word serves two neighbouring elements.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from insitu.optim.seeds import mix
+
+_PIECE = 1 << 16  # elements rounded at a time, so that the scratch stays in the cache of a core
+_WORDS = _PIECE // 2 + 1
+
+
+def _scalar(word: int) -> Tensor:
+    """A 0-dim int32 with these 32 bits: a Python number would be converted anew at each operation."""
+    return torch.tensor(word & 0xFFFFFFFF, dtype=torch.int64).to(torch.int32)
+
+
+_WEYL, _MURMUR, _SHIFT, _UPPER = map(_scalar, (0x9E3779B1, 0x85EBCA6B, 15, 0xFFFF0000))
+
+
+@lru_cache(maxsize=8)
+def _counters(device: torch.device) -> Tensor:
+    """(WORDS,) int32: a Weyl sequence, the odd constant times 0, 1, 2, ..."""
+    return torch.arange(_WORDS, dtype=torch.int32, device=device) * _WEYL
+
+
+class Scratch:
+    """Memory for the random bits of one piece, to be reused: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self, device: torch.device, elements: int = _PIECE) -> None:
+        elements = min(elements, _PIECE)
+        self.words = torch.empty(elements // 2 + 1, dtype=torch.int32, device=device)
+        self.shifted = torch.empty_like(self.words)
+        self.bits = torch.empty(elements, dtype=torch.int32, device=device)
+
+
+def _random_bits(key: int, start: int, count: int, scratch: Scratch) -> Tensor:
+    """(count,) int32, 16 random bits each, for the elements from global index ``start`` on; count <= PIECE."""
+    first, odd = divmod(start, 2)
+    num = (odd + count + 1) // 2
+    words, shifted = scratch.words[:num], scratch.shifted[:num]
+    # The counter has 32 bits; what lies above enters through the key.
+    low, factor = divmod(mix(key, first >> 32), 1 << 31)
+    torch.add(_counters(words.device)[:num], _scalar(first * 0x9E3779B1 + low), out=words)
+    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_scalar(2 * factor + 1))
+    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_MURMUR)
+    return scratch.bits[:count].copy_(words.view(torch.uint16)[odd : odd + count])
+
+
+def round_into(out: Tensor, source: Tensor, key: int, start: int = 0, scratch: Scratch | None = None) -> None:
+    """Write ``source`` to ``out`` in bfloat16, rounded stochastically; the content of ``source`` is lost.
+
+    Args:
+        out: contiguous bfloat16.
+        source: contiguous float32 of the same number of elements.
+        key: a hash of (seed, step).
+        start: global (row-major) index of the first element.
+        scratch: memory to reuse.
+    """
+    scratch = scratch or Scratch(source.device, source.numel())
+    target, bits = out.view(-1), source.view(-1).view(torch.int32)
+    for done in range(0, bits.numel(), _PIECE):
+        piece = bits[done : done + _PIECE]
+        # 16 random bits carry into the upper half with probability (lower half) / 2^16; then the lower half goes.
+        piece.add_(_random_bits(key, start + done, piece.numel(), scratch)).bitwise_and_(_UPPER)
+        target[done : done + _PIECE].copy_(piece.view(torch.float32))
+
+
+def store(out: Tensor, source: Tensor, key: int | None, start: int = 0, scratch: Scratch | None = None) -> None:
+    """Write ``source`` to ``out``: stochastically where there is a key, else to nearest. ``source`` is lost."""
+    if key is None:
+        out.copy_(source)
+    else:
+        round_into(out, source, key, start, scratch)
+
+
+def stochastic_round(source: Tensor, seed: int, step: int, start: int = 0) -> Tensor:
+    """``source`` (float32, any shape) in bfloat16: each element one of its two neighbours, the mean kept.
+
+    A pure function of (seed, step, global element index): with ``start`` a slice rounds as the whole does.
+    """
+    out = torch.empty(source.shape, dtype=torch.bfloat16, device=source.device)
+    round_into(out, source.detach().clone(memory_format=torch.contiguous_format), mix(seed, step), start)
+    return out
