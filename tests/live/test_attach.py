@@ -138,7 +138,7 @@ def test_an_arena_of_two_dtypes_is_refused(tiny: Path) -> None:
     model = attach.skeleton(tiny, torch.bfloat16)
     tensors = [(n, torch.float32 if n == K else p.dtype, p.shape) for n, p in model.named_parameters()]
     arena = Arena.create(plan(tensors))
-    with pytest.raises(AttachError, match="bfloat16.*float32"):
+    with pytest.raises(AttachError, match=r"bfloat16.*float32"):
         attach.build(tiny, arena, requires_grad=False)
     arena.close()
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -581,7 +582,7 @@ def test_several_event_loops_and_one_that_closes_early() -> None:
         assert_idle(engine)
 
 
-def test_score_is_a_plain_forward_beside_generation_and_in_a_pause() -> None:
+def test_score_is_a_plain_forward_beside_generation_and_waits_for_the_end_of_a_pause() -> None:
     model = tiny_model()
     text = [(11 * i) % VOCAB for i in range(60)]
     with serving(slow(model, 0.001)) as engine:
@@ -594,11 +595,14 @@ def test_score_is_a_plain_forward_beside_generation_and_in_a_pause() -> None:
 
         check_score(model, text, asyncio.run(main()), "0")
         engine.pause()
-        perturb(model, 1, 0.05)
-        check_score(model, text, engine.score(text, 3), "0")
-        engine.publish("1")
-        check_score(model, text, engine.score(text, 3), "1")
-        engine.resume()
+        with ThreadPoolExecutor(1) as other:
+            asked = other.submit(engine.score, text, 3)
+            with pytest.raises(TimeoutError):
+                asked.result(timeout=0.3)
+            perturb(model, 1, 0.05)
+            engine.publish("1")
+            engine.resume()
+            check_score(model, text, asked.result(timeout=30), "1")
 
 
 def check_score(model: Any, text: Sequence[int], scored: Sequence[Token], version: str) -> None:

@@ -99,7 +99,9 @@ def test_a_rollback_repeats_its_targets_bytes_through_chains_and_needs_no_file(v
 
 
 def test_a_chain_of_rollbacks_may_be_longer_than_pythons_stack(tmp_path: Path, base: Path) -> None:
-    found = {i: SimpleNamespace(status="committed", target=i - 1 if i else None) for i in range(3 * sys.getrecursionlimit())}
+    found = {
+        i: SimpleNamespace(status="committed", target=i - 1 if i else None) for i in range(3 * sys.getrecursionlimit())
+    }
     versions = Versions(tmp_path, base, SimpleNamespace(version=found.get))  # type: ignore[arg-type]
     assert versions.content(max(found)) == 0
 
@@ -130,7 +132,7 @@ def test_a_file_cut_at_any_place_is_named_and_yields_nothing(versions: Versions)
     header = 8 + int.from_bytes(whole[:8], "little")
     for size in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
         versions.path(1).write_bytes(whole[:size])
-        with pytest.raises(VersionError, match=r"version 1 cannot be read.*v1\.safetensors"):
+        with pytest.raises(VersionError, match=r"versions/v1\.safetensors cannot be read"):
             next(versions.iter_version(1))
     versions.path(1).write_bytes(whole)
     assert bits(dict(versions.iter_version(1))) == bits(random_bits(1))
@@ -140,7 +142,7 @@ def test_a_file_that_is_no_safetensors_is_named(versions: Versions) -> None:
     teach(versions, random_bits(1))
     for content in (b"\0" * 4096, b"\xff" * 4096, b'{"a": 1}' * 100):
         versions.path(1).write_bytes(content)
-        with pytest.raises(VersionError, match=r"version 1 cannot be read.*v1\.safetensors"):
+        with pytest.raises(VersionError, match=r"versions/v1\.safetensors cannot be read"):
             next(versions.iter_version(1))
 
 
@@ -149,7 +151,7 @@ def test_a_base_checkpoint_that_is_gone_or_cut_short_is_named(tmp_path: Path, ve
     file = versions.base / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    with pytest.raises(VersionError, match=r"version 0 cannot be read.*model\.safetensors"):
+    with pytest.raises(VersionError, match=r"copy/model\.safetensors cannot be read"):
         next(versions.iter_version(0))
     file.unlink()
     with pytest.raises(VersionError, match=r"copy holds no model\.safetensors"):
@@ -169,7 +171,7 @@ def test_a_sharded_checkpoint_is_read_shard_by_shard_and_a_missing_shard_is_name
     assert bits(dict(read(checkpoint_files(tmp_path)))) == bits(whole)
     versions.base = tmp_path
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(VersionError, match=r"version 0 cannot be read.*b\.safetensors"):
+    with pytest.raises(VersionError, match=r"b\.safetensors cannot be read"):
         dict(versions.iter_version(0))
 
 

@@ -39,7 +39,7 @@ class TeachConfig:
     warmup_steps: int = 2
     max_steps: int = 24
     target_loss: float = 0.05
-    anchor_weight: float = 1.0
+    anchor_weight: float = 2.0
     anchors_per_step: int = 6
     rank: int = 256
     rank_share: int = 8

@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class ControlServer:
         self._listener = handles.listen(path)
         self._thread = threading.Thread(target=self._accept, name="insitu-control", daemon=True)
         self._closing = False
+        self._connection: socket.socket | None = None
         self.learner_pid: int | None = None
         self.learner_ready = False
         self.paused = False
@@ -46,9 +48,15 @@ class ControlServer:
         self._thread.start()
 
     def close(self) -> None:
+        """Idempotent. The learner's connection ends too, so that it notices."""
+        if self._closing:
+            return
         self._closing = True
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        if self._connection is not None:
+            with suppress(OSError):  # it may have ended by itself
+                self._connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while not self._closing:
@@ -59,11 +67,14 @@ class ControlServer:
                     return
                 raise
             with connection:
+                self._connection = connection
+                if self._closing:
+                    return
                 try:
                     pid = handles.check_peer(connection)
-                except handles.HandleError:
+                    lease = os.pidfd_open(pid)
+                except (handles.HandleError, ProcessLookupError):  # another user, or dead before we came to it
                     continue
-                lease = os.pidfd_open(pid)
                 try:
                     self.learner_pid = pid
                     self._serve(connection)
@@ -130,8 +141,21 @@ def _outlive(lease: int) -> None:
     poll = select.poll()
     poll.register(lease, select.POLLIN)
     if not poll.poll(_GRACE_SECONDS * 1000):
-        signal.pidfd_send_signal(lease, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended just now
+            signal.pidfd_send_signal(lease, signal.SIGKILL)
         poll.poll()
+
+
+def _attach(connection: socket.socket) -> Arena:
+    handles.send(connection, {"do": "attach"})
+    message, fd = handles.receive(connection, want_fd=True)
+    if fd is None:
+        raise handles.HandleError("the server sent no descriptor with its handle")
+    try:
+        return handles.open_arena(message, fd)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 class EngineClient:
@@ -139,11 +163,11 @@ class EngineClient:
 
     def __init__(self, path: Path) -> None:
         self._socket = handles.connect(path)
-        handles.send(self._socket, {"do": "attach"})
-        message, fd = handles.receive(self._socket, want_fd=True)
-        if fd is None:
-            raise handles.HandleError("the server sent no descriptor with its handle")
-        self.arena = handles.open_arena(message, fd)
+        try:
+            self.arena = _attach(self._socket)
+        except BaseException:
+            self._socket.close()
+            raise
         self.paused = False
 
     def close(self) -> None:

@@ -39,7 +39,8 @@ log = logging.getLogger("insitu.learner")
 _POLL_SECONDS = 0.05
 _GATHER_SECONDS = 0.5  # feedback posted one by one within this time is learned together
 _MAX_ITEMS = 32  # in one job
-_REPLY_TOKENS = 24  # of each anchor and canary
+_ANCHOR_TOKENS = 24  # of each reply that training holds on to
+_CANARY_TOKENS = 12  # of each reply that judges: scored while serving stands still
 
 
 class RefusedError(Exception):
@@ -161,8 +162,8 @@ class Learner:
     def _run(self, parent: int, examples: list[Example], report: dict[str, Any]) -> None:
         """The steps and the audit; raises RefusedError, with the weights possibly changed."""
         started = time.monotonic()
-        replies = self._replies([*prompts.ANCHORS, *prompts.CANARIES])
-        anchors, canaries = replies[: len(prompts.ANCHORS)], replies[len(prompts.ANCHORS) :]
+        anchors = self._replies(prompts.ANCHORS, _ANCHOR_TOKENS)
+        canaries = self._replies(prompts.CANARIES, _CANARY_TOKENS)
         guard = Guard(self.model, canaries, self.pad_token_id, self.config.max_canary_kl)
         run = TeachingRun(self.model, examples, anchors, self.config, self.pad_token_id)
         try:
@@ -274,10 +275,10 @@ class Learner:
         log.info("version %d: rolled back to version %d", version, request.target)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
-    def _replies(self, questions: Sequence[str]) -> list[Example]:
+    def _replies(self, questions: Sequence[str], max_tokens: int) -> list[Example]:
         """The served model's own greedy replies to these questions, as examples."""
         asked = [encode_prompt(self.tokenizer, [{"role": "user", "content": question}]) for question in questions]
-        told = self.engine.generate(asked, _REPLY_TOKENS)
+        told = self.engine.generate(asked, max_tokens)
         return [
             Example([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))
             for prompt, reply in zip(asked, told, strict=True)

@@ -64,7 +64,8 @@ class Server:
         self.engine = EmbeddedEngine(
             served,
             model_name=self.model_name,
-            context_length=int(served.config.max_position_embeddings),
+            # A model of a very long context is served with as much of it as there is room for.
+            context_length=min(int(served.config.max_position_embeddings), config.cache_tokens),
             eos_token_ids=_eos_token_ids(served, self.tokenizer),
             version=self.arena.header.label,
             max_requests=config.max_requests,
@@ -223,7 +224,8 @@ class Server:
             str(self.state_dir),
             json.dumps(asdict(self.config.teach)),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._learn_threads)}
+        # Passive: a thread of the learner that waits for work must not take a core from serving.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._learn_threads), "OMP_WAIT_POLICY": "passive"}
         with (self.state_dir / "learner.log").open("ab") as output:
             # A session of its own: Ctrl-C in a terminal ends the server, which then ends the learner in order.
             return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)

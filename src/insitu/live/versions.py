@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from insitu.live.store import Store
@@ -33,11 +33,14 @@ def checkpoint_files(model_dir: Path) -> list[Path]:
 
 
 def read(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, one at a time, from memory-mapped files."""
+    """Name and tensor, one at a time, from memory-mapped files. Raises VersionError naming a file that cannot be read."""
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+        except Exception as error:  # safetensors raises its own type for a file that is cut short
+            raise VersionError(f"{file} cannot be read: {error}") from error
 
 
 class Versions:
@@ -51,11 +54,14 @@ class Versions:
 
     def content(self, version: int) -> int:
         """The version whose file holds the bytes of ``version``: itself, or what a rollback repeats."""
-        found = self.store.version(version)
-        if found is None or found.status != "committed":
-            known = [v.id for v in self.store.versions() if v.status == "committed"]
-            raise VersionError(f"version {version} does not exist; committed versions: {known}")
-        return version if found.target is None else self.content(found.target)
+        while True:
+            found = self.store.version(version)
+            if found is None or found.status != "committed":
+                known = [v.id for v in self.store.versions() if v.status == "committed"]
+                raise VersionError(f"version {version} does not exist; committed versions: {known}")
+            if found.target is None:
+                return version
+            version = found.target
 
     def path(self, version: int) -> Path:
         return self.directory / f"v{version}.safetensors"
@@ -68,10 +74,7 @@ class Versions:
             return
         if not (file := self.path(content)).exists():
             raise VersionError(f"the file of version {content} is missing: {file}")
-        try:
-            yield from read([file])
-        except Exception as error:  # safetensors raises its own type for a file that is cut short
-            raise VersionError(f"the file of version {content} cannot be read ({error}): {file}") from error
+        yield from read([file])
 
     def write(self, version: int, views: Mapping[str, torch.Tensor]) -> None:
         """Make the bytes of ``views`` durable as ``version``. It exists only once the store has committed it.
@@ -81,7 +84,10 @@ class Versions:
         target = self.path(version)
         partial = target.with_suffix(".partial")
         try:
-            save_file(dict(views), partial, metadata={"format": "pt", "insitu_version": str(version)})
+            try:
+                save_file(dict(views), partial, metadata={"format": "pt", "insitu_version": str(version)})
+            except SafetensorError as error:  # what safetensors makes of the system's error
+                raise OSError(f"version {version} could not be written to {self.directory}: {error}") from error
             descriptor = os.open(partial, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

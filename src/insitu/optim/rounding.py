@@ -11,50 +11,60 @@ torch runs vectorised on every device; one 32-bit word serves two neighbouring e
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from insitu.optim.seeds import mix
 
-_PIECE = 1 << 16  # elements rounded at a time, so that the scratch stays in the cache of a core
-_WORDS = _PIECE // 2 + 1
+_PIECE = 1 << 15  # elements rounded at a time, so that the scratch stays in the cache of a core
+
+
+def _signed(word: int) -> int:
+    """The int32 with the low 32 bits of ``word``."""
+    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _scalar(word: int) -> Tensor:
-    """A 0-dim int32 with these 32 bits: a Python number would be converted anew at each operation."""
-    return torch.tensor(word & 0xFFFFFFFF, dtype=torch.int64).to(torch.int32)
+    """A 0-dim int32: torch would convert a Python number anew at each operation."""
+    return torch.tensor(_signed(word), dtype=torch.int32)
 
 
-_WEYL, _MURMUR, _SHIFT, _UPPER = map(_scalar, (0x9E3779B1, 0x85EBCA6B, 15, 0xFFFF0000))
+_WEYL = 0x9E3779B1
+_MIXER, _SHIFT, _UPPER = map(_scalar, (0x85EBCA6B, 15, 0xFFFF0000))
 
 
 @lru_cache(maxsize=8)
 def _counters(device: torch.device) -> Tensor:
-    """(WORDS,) int32: a Weyl sequence, the odd constant times 0, 1, 2, ..."""
-    return torch.arange(_WORDS, dtype=torch.int32, device=device) * _WEYL
+    """(PIECE / 2 + 1,) int32: a Weyl sequence, the odd constant times 0, 1, 2, ..."""
+    return torch.arange(_PIECE // 2 + 1, dtype=torch.int32, device=device) * _scalar(_WEYL)
 
 
-class Scratch:
-    """Memory for the random bits of one piece, to be reused: fresh pages would cost more than the arithmetic."""
+class Scratch(NamedTuple):
+    """Memory to be reused from piece to piece: fresh pages would cost more than the arithmetic."""
 
-    def __init__(self, device: torch.device, elements: int = _PIECE) -> None:
-        elements = min(elements, _PIECE)
-        self.words = torch.empty(elements // 2 + 1, dtype=torch.int32, device=device)
-        self.shifted = torch.empty_like(self.words)
-        self.bits = torch.empty(elements, dtype=torch.int32, device=device)
+    words: Tensor  # (PIECE / 2 + 1,) int32
+    bits: Tensor  # (PIECE,) int32
+
+
+def make_scratch(device: torch.device, elements: int = _PIECE) -> Scratch:
+    """Scratch for pieces of up to ``elements``."""
+    elements = min(elements, _PIECE)
+    words = torch.empty(elements // 2 + 1, dtype=torch.int32, device=device)
+    return Scratch(words, torch.empty(elements + 1, dtype=torch.int32, device=device))
 
 
 def _random_bits(key: int, start: int, count: int, scratch: Scratch) -> Tensor:
     """(count,) int32, 16 random bits each, for the elements from global index ``start`` on; count <= PIECE."""
     first, odd = divmod(start, 2)
     num = (odd + count + 1) // 2
-    words, shifted = scratch.words[:num], scratch.shifted[:num]
+    words, shifted = scratch.words[:num], scratch.bits[:num]
     # The counter has 32 bits; what lies above enters through the key.
     low, factor = divmod(mix(key, first >> 32), 1 << 31)
-    torch.add(_counters(words.device)[:num], _scalar(first * 0x9E3779B1 + low), out=words)
-    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_scalar(2 * factor + 1))
-    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_MURMUR)
+    torch.add(_counters(words.device)[:num], _signed(first * _WEYL + low), out=words)
+    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_signed(2 * factor + 1))
+    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_MIXER)
     return scratch.bits[:count].copy_(words.view(torch.uint16)[odd : odd + count])
 
 
@@ -66,10 +76,10 @@ def round_into(out: Tensor, source: Tensor, key: int, start: int = 0, scratch: S
         source: contiguous float32 of the same number of elements.
         key: a hash of (seed, step).
         start: global (row-major) index of the first element.
-        scratch: memory to reuse.
+        scratch: memory to reuse, for at least ``min(PIECE, source.numel())`` elements.
     """
-    scratch = scratch or Scratch(source.device, source.numel())
     target, bits = out.view(-1), source.view(-1).view(torch.int32)
+    scratch = scratch or make_scratch(source.device, source.numel())
     for done in range(0, bits.numel(), _PIECE):
         piece = bits[done : done + _PIECE]
         # 16 random bits carry into the upper half with probability (lower half) / 2^16; then the lower half goes.

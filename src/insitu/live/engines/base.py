@@ -98,8 +98,9 @@ class Engine(ABC):
     def score(self, ids: Sequence[int], top: int = 0) -> list[Token]:
         """Log-probability of ``ids[i]`` given ``ids[:i]`` for i = 1 .. len-1, by the weights being served.
 
-        Runs its own forward without cache, safe beside generation and inside a pause. Used for ``echo`` and as the probe by
-        which the learner compares what is served with what it trains.
+        Runs its own forward without cache, safe beside generation; in a pause it waits for the end of it, so it never reads
+        weights that are being written. Used for ``echo`` and as the probe by which the learner compares what is served with
+        what it trains.
         """
 
     @abstractmethod

@@ -167,8 +167,7 @@ class EmbeddedEngine(Engine):
                 self._held = HeldPause(self._batcher.pause())
             except RuntimeError as error:
                 raise EngineError(self._why_unhealthy() or str(error)) from error
-            with self._score_lock:  # a score that is running reads the weights too: let it end
-                pass
+            self._score_lock.acquire()  # until the pause ends: a score reads the weights too
 
     def publish(self, version: str) -> PublishReport:
         with self._control_lock:
@@ -192,6 +191,7 @@ class EmbeddedEngine(Engine):
     def _release(self) -> None:
         if self._held is not None:
             held, self._held = self._held, None
+            self._score_lock.release()
             held.release()
 
     def _why_unhealthy(self) -> str | None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from insitu.optim.projection import Sketch
-from insitu.optim.rounding import Scratch, store
+from insitu.optim.rounding import Scratch, make_scratch, store
 from insitu.optim.step import reference
 
-_ELEMENTS = 1 << 17  # 256 kB of float32: with W, G and the random bits of a block, 1 MB
-_NARROWEST = 64  # columns of a block of a wide matrix: its rows are read piece by piece
+_ELEMENTS = 1 << 15  # 256 kB of float32: with W, G and the random bits of a block, 1 MB
+_NARROWEST = 256  # columns of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
 class Blocked:
@@ -25,16 +25,27 @@ class Blocked:
     def __init__(self, device: torch.device) -> None:
         self._grad = torch.empty(_ELEMENTS, device=device)
         self._work = torch.empty(_ELEMENTS, device=device)
-        self._bits = Scratch(device)
+        # When the random bits are made, the block's gradient is no longer needed.
+        self._bits = Scratch(make_scratch(device).words, self._grad.view(torch.int32))
 
     def measure(self, G: Tensor, projection: Tensor | Sketch, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """As the reference, a block of channels at a time."""
+        """As the reference, a block of channels at a time; a wide matrix by blocks of rows, which lie together."""
+        if channel_dim == 1 and isinstance(projection, Tensor):
+            return self._measure_wide(G, projection)
         num, width = G.shape[channel_dim], G.shape[1 - channel_dim]
         parts = [
             reference.measure(_float32(G.narrow(channel_dim, first, count), self._grad), projection, channel_dim)
             for first, count in _blocks(num, width, 1 if channel_dim == 0 else _NARROWEST)
         ]
         return torch.cat([R for R, _ in parts], channel_dim), torch.cat([G_sq for _, G_sq in parts])
+
+    def _measure_wide(self, G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+        R, G_sq = (torch.zeros(num, G.shape[1], device=G.device) for num in (P.shape[0], 1))
+        for first, count in _blocks(*G.shape):
+            g = _float32(G.narrow(0, first, count), self._grad)
+            R.addmm_(P.narrow(1, first, count), g)
+            G_sq.add_(g.square().sum(0))
+        return R, G_sq[0]
 
     def apply(self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, key: int | None) -> None:
         """As the reference, a block of rows at a time."""

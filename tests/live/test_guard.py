@@ -1,0 +1,130 @@
+"""The verdict on an update: unrelated replies may move a little, and not more."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tiny, on_arena
+
+from insitu.data.chat import Example
+from insitu.live.guard import Guard, gap
+from insitu.live.weights.arena import Arena
+
+LIMIT = 1.5
+CANARIES = [
+    Example([(7 * i + 5 * k) % 237 + 3 for i in range(12 + k)], [False] * 6 + [True] * (6 + k)) for k in range(4)
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def attached(tiny: Path) -> Iterator[tuple[Arena, Any]]:
+    arena, model = on_arena(tiny, requires_grad=True)
+    yield arena, model
+    arena.close()
+
+
+@torch.no_grad()
+def add_noise(arena: Arena, share: float) -> None:
+    """To every tensor, with ``share`` of its own norm."""
+    for view in arena.views().values():
+        noise = torch.randn(view.shape)
+        view.add_(noise * (share * view.float().norm() / noise.norm()))
+
+
+def test_unchanged_weights_pass_with_a_kl_of_nearly_zero(attached: tuple[Arena, Any]) -> None:
+    _, model = attached
+    verdict = Guard(model, CANARIES, 0, LIMIT).judge()
+    assert verdict.ok
+    assert verdict.reason is None
+    assert 0 <= verdict.kl < 1e-3
+
+
+def test_a_small_change_passes_with_its_figure(attached: tuple[Arena, Any]) -> None:
+    arena, model = attached
+    guard = Guard(model, CANARIES, 0, LIMIT)
+    add_noise(arena, 0.05)
+    verdict = guard.judge()
+    assert verdict.ok
+    assert 1e-3 < verdict.kl < 0.3
+
+
+def test_noise_of_ten_times_the_norm_is_refused_with_its_figure(attached: tuple[Arena, Any]) -> None:
+    arena, model = attached
+    guard = Guard(model, CANARIES, 0, LIMIT)
+    add_noise(arena, 10.0)
+    verdict = guard.judge()
+    assert not verdict.ok
+    assert LIMIT < verdict.kl < math.inf
+    assert verdict.reason is not None
+    assert re.search(rf"by {verdict.kl:.2f} nats per token.*limit is {LIMIT}", verdict.reason)
+
+
+def test_the_limit_is_where_the_verdict_turns(attached: tuple[Arena, Any]) -> None:
+    arena, model = attached
+    guards = {limit: Guard(model, CANARIES, 0, limit) for limit in (0.0, 1.0)}
+    add_noise(arena, 0.3)
+    kl = guards[1.0].judge().kl
+    assert guards[0.0].judge() != guards[1.0].judge()
+    for limit, ok in ((kl * 0.99, False), (kl * 1.01, True)):
+        guard = guards[0.0]
+        guard._max_kl = limit
+        assert guard.judge().ok is ok
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(attached: tuple[Arena, Any], value: float) -> None:
+    arena, model = attached
+    guard = Guard(model, CANARIES, 0, max_kl=1e9)
+    arena.views()["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+    verdict = guard.judge()
+    assert not verdict.ok
+    assert verdict.reason is not None
+    assert "no finite log-probabilities" in verdict.reason
+
+
+def test_judging_changes_no_weight_and_keeps_to_the_jobs_start(attached: tuple[Arena, Any]) -> None:
+    arena, model = attached
+    guard = Guard(model, CANARIES, 0, LIMIT)
+    image = {name: view.clone() for name, view in arena.views().items()}
+    add_noise(arena, 10.0)
+    before = arena.sha256()
+    assert not guard.judge().ok
+    assert arena.sha256() == before
+    assert all(p.grad is None for p in model.parameters())
+    for name, view in arena.views().items():
+        view.copy_(image[name])
+    assert guard.judge().kl < 1e-3  # undone, it is what it was
+
+
+@pytest.mark.parametrize(
+    ("served", "computed", "expected"),
+    [
+        ([], [], 0.0),
+        ([-1.0, -2.0], [-1.0, -2.0], 0.0),
+        ([-1.0, -2.0, -3.0], [-1.1, -2.5, -3.2], 0.5),
+        ([-2.5], [-2.0], 0.5),
+        ([math.nan, -2.0], [-1.0, -2.0], math.inf),
+        ([-1.0, -9.0], [math.nan, -2.0], math.inf),
+        ([-9.0, math.nan, -9.0], [-1.0, -1.0, -1.0], math.inf),
+        ([-math.inf], [-1.0], math.inf),
+        ([-math.inf], [-math.inf], math.inf),
+    ],
+)
+def test_the_gap_is_the_largest_difference_and_infinite_where_a_number_is_missing(
+    served: list[float], computed: list[float], expected: float
+) -> None:
+    assert gap(served, computed) == pytest.approx(expected)
+
+
+def test_a_gap_between_lists_of_different_length_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        gap([-1.0, -2.0], [-1.0])
