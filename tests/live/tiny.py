@@ -45,11 +45,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(*, tied: bool = True) -> LlamaConfig:
+def tiny_config(*, tied: bool = True, intermediate_size: int = 96) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -63,14 +63,21 @@ def tiny_config(*, tied: bool = True) -> LlamaConfig:
     )
 
 
-def make_tiny(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, tied: bool = True) -> Path:
+def make_tiny(
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    tied: bool = True,
+    intermediate_size: int = 96,
+) -> Path:
     """Write config, safetensors and tokenizer as ``save_pretrained`` does, and return ``directory``. Same seed, same bytes.
 
     ``TeachConfig(learning_rate=3e-3)`` teaches it eight short examples in about ten steps, with a canary KL of about 0.2.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(tiny_config(tied=tied)).to(dtype)
+        model = LlamaForCausalLM(tiny_config(tied=tied, intermediate_size=intermediate_size)).to(dtype)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory

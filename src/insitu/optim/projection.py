@@ -131,7 +131,7 @@ def project(G: Tensor, projection: Tensor | Sketch, channel_dim: int) -> Tensor:
     mixed = G.index_select(dim, order).mul_(signs if dim == 1 else signs[:, None])
     rest = len(order) % rank
     whole, rest_of = mixed.narrow(dim, 0, len(order) - rest), mixed.narrow(dim, len(order) - rest, rest)
-    R = whole.unflatten(dim, (-1, rank)).sum(dim)
+    R: Tensor = whole.unflatten(dim, (-1, rank)).sum(dim)  # type: ignore[no-untyped-call]
     R.narrow(dim, 0, rest).add_(rest_of)
     return R
 

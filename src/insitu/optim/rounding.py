@@ -18,7 +18,7 @@ from torch import Tensor
 
 from insitu.optim.seeds import mix
 
-_PIECE = 1 << 15  # elements rounded at a time, so that the scratch stays in the cache of a core
+_PIECE = 1 << 17  # elements rounded at a time, so that the scratch stays in the cache of a core
 
 
 def _signed(word: int) -> int:

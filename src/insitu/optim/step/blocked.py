@@ -15,7 +15,7 @@ from insitu.optim.projection import Sketch
 from insitu.optim.rounding import Scratch, make_scratch, store
 from insitu.optim.step import reference
 
-_ELEMENTS = 1 << 15  # 256 kB of float32: with W, G and the random bits of a block, 1 MB
+_ELEMENTS = 1 << 17  # 256 kB of float32: with W, G and the random bits of a block, 1 MB
 _NARROWEST = 256  # columns of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
