@@ -294,8 +294,11 @@ def test_a_command_that_makes_no_sense_is_refused_and_the_server_goes_on(
 # -- lives and deaths --------------------------------------------------------------------------------------------------
 def test_server_gone_turns_true_when_the_server_closes(world: World, client: EngineClient) -> None:
     assert not client.server_gone()
-    client.pause()  # an answer that was read is no sign of an end
-    assert not client.server_gone()
+    handles.send(client._socket, {"do": "pause"})
+    assert _soon(lambda: world.server.paused)
+    select.select([client._socket], [], [], PATIENCE)
+    assert not client.server_gone()  # an answer that nobody has read yet is no end
+    assert handles.receive(client._socket) == ({}, None)
     world.server.close()
     world.server._thread.join(PATIENCE)
     assert client.server_gone()
@@ -313,14 +316,14 @@ def test_where_no_server_is_connecting_is_an_os_error(world: World) -> None:
 
 def test_a_learner_killed_while_paused_is_reported_only_after_its_process_ended(world: World) -> None:
     with learner(world) as process:
-        assert process.ask("pause") == {}
+        assert (process.ask("ready"), process.ask("pause")) == ({}, {})
+        assert world.server.learner_ready
         ended: list[bool] = []
         world.when_gone = lambda: ended.append(process.ended())
         os.kill(process.pid, signal.SIGKILL)
         assert world.gone.get(timeout=PATIENCE) is True
         assert ended == [True]
-    assert not world.server.paused
-    assert world.server.learner_pid is None
+    assert (world.server.paused, world.server.learner_ready, world.server.learner_pid) == (False, False, None)
 
 
 def test_a_learner_that_had_resumed_is_reported_as_not_paused(world: World) -> None:

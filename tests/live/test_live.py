@@ -245,6 +245,23 @@ def test_the_state_directory_of_another_model_is_refused(model: Path, tmp_path: 
     assert "belongs to another model" in (state_dir / "server.log").read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_stop_takes_its_learner_with_it(
+    model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    state_dir = tmp_path / "state"
+    server = launch(model, state_dir)
+    try:
+        attached(server, state_dir).http.close()
+        assert len(learners(state_dir)) == 1
+        server.send_signal(number)
+        assert server.wait(timeout=30) == 0
+        assert learners(state_dir) == []
+        assert not (state_dir / "server.json").exists()
+    finally:
+        end(server, state_dir)
+
+
 def test_unknown_version_is_a_clear_404(client: Client) -> None:
     with pytest.raises(ClientError, match="version 99 does not exist"):
         client.post("/v1/live/versions/99/rollback")

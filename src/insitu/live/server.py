@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -160,6 +161,11 @@ class Server:
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         announce = threading.Thread(target=self._announce, args=(ready,), daemon=True)
         announce.start()
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn raises the signal that stopped it once more when it is done, and with the default handler this process
+            # would be gone before close(), and its learner left behind.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: self.stop())
         try:
             self._uvicorn.run(sockets=[self.listener])
         finally:
