@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from insitu.optim import options
+from insitu.optim.counting import StepCounts
 from insitu.optim.projection import Layout, ProjectionCache, layout, matrix_shape
 from insitu.optim.seeds import mix
 from insitu.optim.step import Backend, choose
@@ -120,7 +121,7 @@ class APOLLO(Optimizer):
         }
         options.check(defaults)
         self._warned_of_rank = False
-        self._projections = ProjectionCache()
+        self._forget()
         super().__init__(params, defaults)
         bare = [p for group in self.param_groups if group.get("role") is None for p in group["params"]]
         if bare:
@@ -130,15 +131,25 @@ class APOLLO(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._warned_of_rank = True
-        self._projections = ProjectionCache()  # what a copy or a checkpoint does not carry
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start afresh with what follows from the state, and so is not in a copy or a checkpoint."""
+        self._projections = ProjectionCache()
+        self._counts = StepCounts()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the state keeps its own types: torch would cast the moments to the parameter's."""
-        super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        seen: list[dict[str, Any]] = []  # the dict as the user's own hooks have left it
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved = [index for group in seen[0]["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
+            for name, value in seen[0]["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(device=p.device, copy=True)
 
@@ -161,13 +172,13 @@ class APOLLO(Optimizer):
             name = _name(group, i, offset + i)
             _refuse_unsuitable(p, name)
             size = _layout(p, group, name)
-            if size and 2 * size.rank > size.projected and not self._warned_of_rank:
+            if size and 2 * size.rank > size.projected > 1 and not self._warned_of_rank:
                 self._warned_of_rank = True
                 warnings.warn(
                     f"rank={group['rank']} is more than half of the projected side of {name}, {tuple(p.shape)}, so "
                     "its moments are hardly smaller than AdamW's; lower the rank, or keep AdamW there (role='adamw')",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,  # _check_tensors, add_param_group, Optimizer.__init__, __init__, the user's line
                 )
 
     @overload
@@ -182,6 +193,7 @@ class APOLLO(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         backends: dict[tuple[str, torch.device], Backend] = {}
+        stepped: dict[Tensor, Tensor] = {}
         position = 0
         for group in self.param_groups:
             options.check(group)
@@ -191,7 +203,9 @@ class APOLLO(Optimizer):
                     if chosen not in backends:
                         backends[chosen] = choose(*chosen)
                     self._step_tensor(p, p.grad, group, _name(group, i, position), position, backends[chosen])
+                    stepped[p] = self.state[p]["step"]
                 position += 1
+        self._counts.observe(stepped)
         return loss
 
     def _step_tensor(
@@ -203,9 +217,11 @@ class APOLLO(Optimizer):
         state = self.state[p]
         if "exp_avg" not in state or state["exp_avg"].shape != (size.moments if size else p.shape):
             seed = state.get("seed", mix(group["seed"], position))
-            state.clear()
+            state.clear()  # another rank: the old moments mean nothing in the new space
             state.update(_new_state(p, size, seed))
-        done = int(state["step"])
+            done = 0
+        else:
+            done = self._counts.read(p, state["step"])
         key = mix(state["seed"], done) if p.dtype == torch.bfloat16 and group["rounding"] == "stochastic" else None
         W = p.contiguous()
         M, V = state["exp_avg"], state["exp_avg_sq"]

@@ -1,10 +1,10 @@
 """Which tensors of a model are projected: every trainable tensor in exactly one group.
 
-| role   | tensors                                            | update                                            |
-|--------|----------------------------------------------------|---------------------------------------------------|
-| matrix | weights of linear and convolution layers           | projected (APOLLO)                                |
-| dense  | embeddings and the output head, tied or not        | as the optimizer's ``dense`` says: AdamW by default |
-| adamw  | vectors and scalars; whatever ``adamw=`` names     | AdamW                                             |
+| role   | tensors                                                  | update                                 |
+|--------|----------------------------------------------------------|----------------------------------------|
+| matrix | weights of linear and convolution layers, other matrices | projected (APOLLO)                     |
+| dense  | embeddings and the output head, tied or not              | as the option ``dense`` says, so AdamW |
+| adamw  | vectors, scalars, norms; whatever ``adamw=`` names       | AdamW                                  |
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def param_groups(
 
     Args:
         model: any module. A tied tensor is counted once and follows ``dense`` if any of its uses does.
-        head: name of the output head; by default what ``model.get_output_embeddings()`` returns, else every linear
-            layer as wide as an embedding's vocabulary.
+        head: name of the output head; by default what ``get_output_embeddings()`` of the model or a module in it
+            returns, else its last linear layer if that is as wide as an embedding's vocabulary. ``print`` the groups to see.
         adamw: patterns (``fnmatch``) of parameter names that keep AdamW whatever they are.
         weight_decay: decay of the groups "matrix" and "dense"; vectors and scalars then get 0. By default the
             optimizer's own value counts everywhere.
@@ -89,7 +89,7 @@ def _roles(model: nn.Module, head: str | None) -> dict[int, str]:
     roles: dict[int, str] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.ndim < 2:
+            if parameter.ndim < 2 or isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 role = "adamw"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag) or id(module) in heads:
                 role = "dense"
@@ -111,12 +111,15 @@ def _heads(model: nn.Module, head: str | None) -> list[nn.Module]:
                 f"head={head!r} is no module of the model; give the name of its output layer, such as 'lm_head'"
             )
         return [modules[head]]
-    get = getattr(model, "get_output_embeddings", None)
-    found = get() if callable(get) else None
-    if isinstance(found, nn.Module):
-        return [found]
-    vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in vocabularies]
+    for module in model.modules():  # a wrapper such as DDP does not pass the question on
+        ask = getattr(module, "get_output_embeddings", None)
+        found = ask() if callable(ask) else None
+        if isinstance(found, nn.Module):
+            return [found]
+    # Only the last layer: where the width equals a number of positions, every layer may be that wide.
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return [m for m in linear[-1:] if m.out_features in vocabularies]
 
 
 def _describe(group: dict[str, Any]) -> Iterator[str]:

@@ -10,15 +10,12 @@ torch runs vectorised on every device; one 32-bit word serves two neighbouring e
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from insitu.optim.seeds import mix
-
-_PIECE = 1 << 17  # elements rounded at a time, so that the scratch stays in the cache of a core
 
 
 def _signed(word: int) -> int:
@@ -32,37 +29,34 @@ def _scalar(word: int) -> Tensor:
 
 
 _WEYL = 0x9E3779B1
+_PERIOD = 1 << 33  # elements after which the 32-bit counter of words starts again
 _MIXER, _SHIFT, _UPPER = map(_scalar, (0x85EBCA6B, 15, 0xFFFF0000))
-
-
-@lru_cache(maxsize=8)
-def _counters(device: torch.device) -> Tensor:
-    """(PIECE / 2 + 1,) int32: a Weyl sequence, the odd constant times 0, 1, 2, ..."""
-    return torch.arange(_PIECE // 2 + 1, dtype=torch.int32, device=device) * _scalar(_WEYL)
 
 
 class Scratch(NamedTuple):
     """Memory to be reused from piece to piece: fresh pages would cost more than the arithmetic."""
 
-    words: Tensor  # (PIECE / 2 + 1,) int32
-    bits: Tensor  # (PIECE,) int32
+    counters: Tensor  # (n / 2 + 1,) int32: a Weyl sequence, the odd constant times 0, 1, 2, ...
+    words: Tensor  # (n / 2 + 1,) int32
+    bits: Tensor  # (n,) int32
 
 
-def make_scratch(device: torch.device, elements: int = _PIECE) -> Scratch:
-    """Scratch for pieces of up to ``elements``."""
-    elements = min(elements, _PIECE)
-    words = torch.empty(elements // 2 + 1, dtype=torch.int32, device=device)
-    return Scratch(words, torch.empty(elements + 1, dtype=torch.int32, device=device))
+def make_scratch(device: torch.device, elements: int, bits: Tensor | None = None) -> Scratch:
+    """Scratch to round pieces of up to ``elements`` (at least 2); ``bits`` may be memory that is free at that time."""
+    counters = torch.arange(elements // 2 + 1, dtype=torch.int32, device=device) * _scalar(_WEYL)
+    if bits is None:
+        bits = torch.empty(elements, dtype=torch.int32, device=device)
+    return Scratch(counters, torch.empty_like(counters), bits)
 
 
 def _random_bits(key: int, start: int, count: int, scratch: Scratch) -> Tensor:
-    """(count,) int32, 16 random bits each, for the elements from global index ``start`` on; count <= PIECE."""
+    """(count,) int32, 16 random bits each, for the elements from global index ``start`` on."""
     first, odd = divmod(start, 2)
     num = (odd + count + 1) // 2
     words, shifted = scratch.words[:num], scratch.bits[:num]
-    # The counter has 32 bits; what lies above enters through the key.
+    # What lies above the counter's 32 bits enters through the key.
     low, factor = divmod(mix(key, first >> 32), 1 << 31)
-    torch.add(_counters(words.device)[:num], _signed(first * _WEYL + low), out=words)
+    torch.add(scratch.counters[:num], _signed(first * _WEYL + low), out=words)
     words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_signed(2 * factor + 1))
     words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_MIXER)
     return scratch.bits[:count].copy_(words.view(torch.uint16)[odd : odd + count])
@@ -76,15 +70,19 @@ def round_into(out: Tensor, source: Tensor, key: int, start: int = 0, scratch: S
         source: contiguous float32 of the same number of elements.
         key: a hash of (seed, step).
         start: global (row-major) index of the first element.
-        scratch: memory to reuse, for at least ``min(PIECE, source.numel())`` elements.
+        scratch: memory to reuse; ``source`` is rounded in pieces of its size.
     """
     target, bits = out.view(-1), source.view(-1).view(torch.int32)
-    scratch = scratch or make_scratch(source.device, source.numel())
-    for done in range(0, bits.numel(), _PIECE):
-        piece = bits[done : done + _PIECE]
+    scratch = scratch or make_scratch(source.device, max(2, min(1 << 16, source.numel())))
+    done = 0
+    while done < bits.numel():
+        # No piece crosses a multiple of 2^33, where the key changes.
+        count = min(scratch.bits.numel(), bits.numel() - done, _PERIOD - (start + done) % _PERIOD)
+        piece = bits[done : done + count]
         # 16 random bits carry into the upper half with probability (lower half) / 2^16; then the lower half goes.
-        piece.add_(_random_bits(key, start + done, piece.numel(), scratch)).bitwise_and_(_UPPER)
-        target[done : done + _PIECE].copy_(piece.view(torch.float32))
+        piece.add_(_random_bits(key, start + done, count, scratch)).bitwise_and_(_UPPER)
+        target[done : done + count].copy_(piece.view(torch.float32))
+        done += count
 
 
 def store(out: Tensor, source: Tensor, key: int | None, start: int = 0, scratch: Scratch | None = None) -> None:
