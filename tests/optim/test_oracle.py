@@ -173,6 +173,18 @@ def test_the_limiter_bounds_growth_and_lets_the_norm_fall() -> None:
     assert float(state["update_norm"]) == pytest.approx(oracle.last, rel=1e-5)
 
 
+def test_the_limiter_remembers_across_a_zero_gradient() -> None:
+    shape = (8, 6)
+    base = np.random.default_rng(3).standard_normal(shape)
+    gradients = [base * 1e-3, np.zeros(shape), base, base]
+    W, oracle, _ = run_both(shape, gradients, betas=(0.0, 0.0), eps=10.0)
+    assert_agree(W, oracle)
+    assert oracle.norms[1:] == pytest.approx([1.01 * oracle.norms[0], 1.01**2 * oracle.norms[0]])
+    # Without the limiter the update would be a thousand times as large, which the comparison cannot miss.
+    free, _, _ = run_both(shape, gradients, betas=(0.0, 0.0), eps=10.0, limiter=None)
+    assert np.abs(free - W).max() > 100 * TOLERANCE * np.abs(W).max()
+
+
 @given(
     rows=st.integers(1, 20),
     cols=st.integers(1, 20),

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 import insitu
 from insitu import APOLLO, APOLLOMini
 from insitu.optim.rounding import stochastic_round
+from insitu.optim.seeds import mix
 
 
 def stepped(start: torch.Tensor, gradients: list[torch.Tensor], conv: bool = False, **options: Any) -> torch.Tensor:
@@ -117,10 +118,11 @@ def test_a_changed_option_counts_from_the_next_step() -> None:
     torch.testing.assert_close(doubled, 2 * plain, rtol=0, atol=1e-6)
     for changes in ({"granularity": "tensor"}, {"denominator": "exact"}, {"refresh": 2}, {"projection": "sketch"}):
         assert not torch.allclose(run(changes)[0], plain, rtol=1e-3), f"{changes} had no effect"
-    smaller, optimizer = run({"rank": 2})
+    smaller, optimizer = run({"rank": 2, "seed": 99})
     (state,) = optimizer.state.values()
     assert state["exp_avg"].shape == (12, 2)
     assert int(state["step"]) == 1, "the moments of another rank start afresh"
+    assert state["seed"] == mix(0, 0), "drawn once, and kept"
     assert smaller.abs().max() > 0
     with pytest.raises(ValueError, match="rank=0"):
         run({"rank": 0})

@@ -52,17 +52,15 @@ class TeachConfig:
             raise ValueError(f"optimizer={self.optimizer!r}; expected 'apollo' or 'apollo-mini'")
         for name in ("learning_rate", "target_loss", "anchor_weight", "max_canary_kl"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r}; expected a finite number, 0 or more")
-        for name, least in (
-            ("max_steps", 1),
-            ("anchors_per_step", 1),
-            ("rank", 1),
-            ("rank_share", 1),
-            ("warmup_steps", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}; expected {least} or more")
+        least = {"max_steps": 1, "anchors_per_step": 1, "rank": 1, "rank_share": 1, "warmup_steps": 0, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r}; expected an integer, {low} or more")
+        if self.limiter is not None and not (isinstance(self.limiter, int | float) and 1 <= self.limiter < math.inf):
+            raise ValueError(f"limiter={self.limiter!r}; expected a number of at least 1, such as 1.01, or None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

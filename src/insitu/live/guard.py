@@ -33,14 +33,20 @@ class Guard:
 
     def __init__(self, model: Any, canaries: Sequence[Example], pad_token_id: int, max_kl: float) -> None:
         self._model = model
-        self._batch = collate(canaries, pad_token_id)
-        self._reference = reference_logprobs(model, self._batch)
+        # Two halves that take turns: serving stands still while an update is judged.
+        halves = [canaries[0::2], canaries[1::2]] if len(canaries) > 1 else [canaries]
+        self._batches = [collate(half, pad_token_id) for half in halves]
+        self._references = [reference_logprobs(model, batch) for batch in self._batches]
         self._max_kl = max_kl
+        self._turn = 0
 
     @torch.no_grad()
-    def judge(self) -> Verdict:
-        """Run inside the pause, on the weights just written."""
-        kl = float(kl_to_reference(self._model, self._batch, self._reference))
+    def judge(self, *, whole: bool = False) -> Verdict:
+        """Run inside the pause, on the weights just written: one half of the canaries, the other next time; or ``whole``."""
+        chosen = range(len(self._batches)) if whole else [self._turn % len(self._batches)]
+        self._turn += 1
+        kls = [float(kl_to_reference(self._model, self._batches[i], self._references[i])) for i in chosen]
+        kl = sum(kls) / len(kls)
         if not math.isfinite(kl):
             return Verdict(False, kl, "the updated weights give no finite log-probabilities")
         if kl > self._max_kl:

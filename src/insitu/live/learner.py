@@ -180,7 +180,7 @@ class Learner:
             report["weight_bytes"] = sum(slot.num_bytes for slot in self.arena.slots)
         finally:
             run.close()
-        self._audit(canaries[0], report)
+        self._audit(guard, canaries[0], report)
         report["seconds"] = round(time.monotonic() - started, 3)
 
     def _write(self, run: TeachingRun, guard: Guard, parent: int, step: int, figures: dict[str, Any]) -> None:
@@ -208,8 +208,12 @@ class Learner:
             "total": time.monotonic() - begun,
         }
 
-    def _audit(self, canary: Example, report: dict[str, Any]) -> None:
-        """What the server says of the weights must be what the learner says of them."""
+    def _audit(self, guard: Guard, canary: Example, report: dict[str, Any]) -> None:
+        """All canaries at once; and what the server says of the weights must be what the learner says of them."""
+        verdict = guard.judge(whole=True)
+        report["canary_kl"] = verdict.kl
+        if not verdict.ok:
+            raise RefusedError(str(verdict.reason), canary_kl=verdict.kl)
         served = self.engine.score(canary.input_ids)
         whole = Example(canary.input_ids, [False] + [True] * (len(canary.input_ids) - 1))
         computed = target_logprobs(self.model, collate([whole], self.pad_token_id))[0].tolist()

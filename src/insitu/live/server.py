@@ -67,7 +67,7 @@ class Server:
             model_name=self.model_name,
             # A model of a very long context is served with as much of it as there is room for.
             context_length=min(int(served.config.max_position_embeddings), config.cache_tokens),
-            eos_token_ids=_eos_token_ids(served, self.tokenizer),
+            eos_token_ids=_eos_token_ids(base, served, self.tokenizer),
             version=self.arena.header.label,
             max_requests=config.max_requests,
             cache_tokens=config.cache_tokens,
@@ -102,7 +102,9 @@ class Server:
                     f"{self.state_dir} belongs to another model ({known}); choose another --state-dir for {base}"
                 )
             self.store.set_meta("base", str(base))
-        self.versions.discard_uncommitted()
+        # A learner that outlived the last server may be about to commit the file it has just written.
+        if not _held(self.state_dir / "learner.lock"):
+            self.versions.discard_uncommitted()
         self._restore(head)
 
     def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -230,8 +232,8 @@ class Server:
             str(self.state_dir),
             json.dumps(asdict(self.config.teach)),
         ]
-        # Passive: a thread of the learner that waits for work must not take a core from serving.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._learn_threads), "OMP_WAIT_POLICY": "passive"}
+        # A short spin: the learner's threads find each other quickly in a write, and let go of the cores soon after it.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._learn_threads), "GOMP_SPINCOUNT": "20000"}
         with (self.state_dir / "learner.log").open("ab") as output:
             # A session of its own: Ctrl-C in a terminal ends the server, which then ends the learner in order.
             return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -311,8 +313,15 @@ def _tokenizer(base: Path) -> Any:
     return AutoTokenizer.from_pretrained(base)
 
 
-def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a reply: the generation config's, and the tokenizer's own."""
-    found = model.generation_config.eos_token_id
+def _eos_token_ids(base: Path, model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a reply: the generation config's, where chat models keep their end of turn, and the tokenizer's."""
+    from transformers import GenerationConfig
+
+    config = (
+        GenerationConfig.from_pretrained(base)
+        if (base / "generation_config.json").exists()
+        else model.generation_config
+    )
+    found = config.eos_token_id
     ids = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
