@@ -95,18 +95,25 @@ def adamw_bytes(model_dir: Path) -> dict[str, int]:
 
 
 def one_seed(
-    model: str, tokenizer: Any, seed: int, rows: list[dict[str, Any]], listen: bool, options: list[str]
+    model: str,
+    tokenizer: Any,
+    seed: int,
+    rows: list[dict[str, Any]],
+    known: dict[str, Any],
+    listen: bool,
+    options: list[str],
 ) -> dict[str, Any] | None:
-    """All behaviours on one seed, one after the other on one server; each starts from version 0's bytes."""
+    """All behaviours on one seed, one after the other on one server; each starts from version 0's bytes. ``known`` keeps the
+    replies of these bytes from seed to seed, so that every rollback is compared with the very first replies."""
     clients = None
     with (
         tempfile.TemporaryDirectory(prefix="insitu-bench-") as directory,
         demo.served(model, Path(directory), seed=seed, options=options) as client,
     ):
-        kept: dict[str, Any] | None = None
         for behaviour in demo.SPEC["behaviours"]:
-            result = demo.measure(client, behaviour, tokenizer, lambda _: None, kept)
-            kept = {"unrelated": [u["before"] for u in result["unrelated"]]}
+            result = demo.measure(client, behaviour, tokenizer, lambda _: None, known)
+            known["sha256"] = result["rollback"]["sha256_before"]
+            known["texts"].update({row["prompt"]: row["before"] for row in [*result["held_out"], *result["unrelated"]]})
             result["met"] = demo.verdict(result)
             rows.append(result)
             print(
@@ -131,11 +138,20 @@ def main() -> None:
     options = parser.parse_args()
     base = source.resolve(options.model, yes=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = environment()
-    rows: list[dict[str, Any]] = []
-    clients = None
+    # A seed takes some minutes: what is done is kept, and a run that was interrupted goes on from there.
+    partial = options.out.with_suffix(".partial")
+    state: dict[str, Any] = {"rows": [], "known": {"sha256": None, "texts": {}}, "clients": None, "environment": facts}
+    if partial.exists():
+        state = json.loads(partial.read_text())
+    rows, done = state["rows"], {row["seeds"][0] for row in state["rows"]}
     for seed in range(options.seeds):
-        clients = one_seed(options.model, tokenizer, seed, rows, seed == 0, options.options) or clients
+        if seed not in done:
+            heard = one_seed(options.model, tokenizer, seed, rows, state["known"], seed == 0, options.options)
+            state["clients"] = heard or state["clients"]
+            partial.write_text(json.dumps(state))
+    facts, clients = state["environment"], state["clients"]
     summary = {}
     for behaviour in demo.SPEC["behaviours"]:
         mine = [row for row in rows if row["behaviour"] == behaviour["name"]]
@@ -158,8 +174,8 @@ def main() -> None:
         "optimizer_bytes": {"insitu": rows[0]["bytes"]["optimizer"], "adamw": adamw_bytes(base)},
         "runs": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
+    partial.unlink()
     print(json.dumps(summary, indent=1))
     if any(s["seeds_passed"] < 0.8 * options.seeds for s in summary.values()):
         sys.exit("a target was missed")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,15 @@ def served(
             process.wait()
 
 
-def ask(client: Client, prompts: Sequence[str]) -> list[str]:
-    """Greedy replies, one request after the other: in bf16 a reply can depend on what else is in the batch."""
-    return [client.reply([{"role": "user", "content": prompt}], SPEC["max_tokens"])[0] for prompt in prompts]
+def ask(client: Client, prompts: Sequence[str], together: int = 1) -> list[str]:
+    """Greedy replies. One request after the other where texts are to be compared: in bf16 a reply can depend on what else
+    is in the batch."""
+
+    def reply(prompt: str) -> str:
+        return client.reply([{"role": "user", "content": prompt}], SPEC["max_tokens"])[0]
+
+    with ThreadPoolExecutor(together) as pool:
+        return list(pool.map(reply, prompts))
 
 
 def teach(client: Client, examples: Sequence[dict[str, Any]], on_progress: Callable[[str], None]) -> dict[str, Any]:
@@ -114,20 +121,23 @@ def measure(
     say: Callable[[str], None],
     before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Ask, teach, ask, undo, ask. ``before`` may carry the ``unrelated`` replies of an earlier call on the same version."""
+    """Ask, teach, ask, undo, ask. ``before`` may carry replies of the same weights from an earlier call: ``sha256`` and, by
+    prompt, ``texts``."""
     asked = [u["prompt"] for u in SPEC["unrelated"]]
     start = client.get("/v1/live")["head"]
     sha_before = _sha256(client, start)
     say("asking before")
-    held_before = ask(client, behaviour["held_out"])
-    kept_before = before["unrelated"] if before else ask(client, asked)
+    known = before["texts"] if before and before["sha256"] == sha_before else {}
+    missing = [prompt for prompt in [*behaviour["held_out"], *asked] if prompt not in known]
+    known = {**known, **dict(zip(missing, ask(client, missing), strict=True))}
+    held_before, kept_before = [known[p] for p in behaviour["held_out"]], [known[p] for p in asked]
     old = old_logprobs(client, tokenizer, asked, kept_before)
     begun = time.monotonic()
     made = teach(client, behaviour["examples"], lambda version: say(f"teaching, weights {version}"))
     seconds = time.monotonic() - begun
     say("asking after")
-    held_after = ask(client, behaviour["held_out"])
-    kept_after = ask(client, asked)
+    held_after = ask(client, behaviour["held_out"], together=4)
+    kept_after = ask(client, asked, together=4)
     now = old_logprobs(client, tokenizer, asked, kept_before)
     memory = process_bytes(client)
     say("undoing")

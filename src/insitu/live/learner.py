@@ -252,8 +252,13 @@ class Learner:
 
     def roll_back(self, request: Rollback) -> None:
         """Serve the bytes of an older version again, as a new version."""
-        self.store.update_rollback(request.id, "running")
         parent = self._head()
+        done = self.store.version(parent)
+        if request.status == "running" and done and done.target == request.target and done.created >= request.created:
+            # An earlier learner died between the commit and this note of it.
+            self.store.update_rollback(request.id, "done", version=parent)
+            return
+        self.store.update_rollback(request.id, "running")
         started = time.monotonic()
         try:
             self.versions.content(request.target)  # refuses an unknown version before an id is spent on it
@@ -291,7 +296,7 @@ class Learner:
     @contextmanager
     def _all_cores(self) -> Iterator[None]:
         """Serving stands still, so its cores are free."""
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         try:
             yield
         finally:

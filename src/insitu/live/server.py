@@ -48,7 +48,7 @@ class Server:
         self._lock = _lock(self.state_dir / "server.lock", self.state_dir)
         self.listener = _bind(config.host, config.port)
         base = source.resolve(model, yes=config.yes)
-        cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
         self._serve_threads = config.threads or max(1, cores // 2)
         self._learn_threads = max(1, cores - self._serve_threads)
         torch.set_num_threads(self._serve_threads)

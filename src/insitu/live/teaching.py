@@ -21,7 +21,8 @@ from insitu.data.loss import example_loss, kl_to_reference, reference_logprobs
 from insitu.live.config import TeachConfig
 from insitu.optim import APOLLO, APOLLOMini, param_groups
 
-_MICRO_BATCH = 8  # examples in one forward
+_MICRO_BATCH = 8  # examples in one forward, at most
+_MICRO_BATCH_TOKENS = 4096  # and tokens, padding counted, unless a single example is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,15 @@ def _capped(groups: Sequence[dict[str, Any]], config: TeachConfig) -> Iterator[d
 
 
 def _split(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    """Micro-batches of examples of similar length, so that little is padding."""
-    return _chunks(sorted(examples, key=lambda e: len(e.input_ids)), _MICRO_BATCH)
+    """Micro-batches of examples of similar length, so that little is padding, and none larger than memory is sure to hold."""
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    start = 0
+    for stop in range(1, len(ordered) + 1):
+        longest = len(ordered[min(stop, len(ordered) - 1)].input_ids)
+        full = stop - start == _MICRO_BATCH or (stop - start + 1) * longest > _MICRO_BATCH_TOKENS
+        if full or stop == len(ordered):
+            yield ordered[start:stop]
+            start = stop
 
 
 def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
