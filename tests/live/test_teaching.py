@@ -130,6 +130,7 @@ def test_the_rate_is_warmed_up_anew_in_each_run(bf16: Path) -> None:
     for _ in range(2):
         run = TeachingRun(model, LESSONS, [], TeachConfig(learning_rate=3e-4, warmup_steps=2), PAD)
         for expected in (1e-4, 2e-4, 3e-4, 3e-4):
+            run.prepare()
             run.write()
             assert [g["lr"] for g in run._optimizer.param_groups] == pytest.approx(
                 [expected] * len(run._optimizer.param_groups)

@@ -188,3 +188,20 @@ def test_a_rank_above_half_the_side_warns_once() -> None:
         APOLLO([nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.zeros(6, 9))], rank=5)
     assert len(caught) == 1
     assert "rank=5" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_a_step_in_two_halves_is_the_step_and_the_first_half_changes_no_weight(backend: str) -> None:
+    whole, halves = model(torch.bfloat16), model(torch.bfloat16)
+    one, two = (optimizer_of(m, backend=backend, dense="apollo") for m in (whole, halves))
+    for step in range(5):
+        train(whole, one, range(step, step + 1))
+        tokens = torch.randint(0, 11, (8,), generator=torch.Generator().manual_seed(step))
+        two.zero_grad()
+        nn.functional.cross_entropy(halves(tokens).float(), tokens.flip(0)).backward()
+        before = bits(halves)
+        write = two.prepare()
+        assert same(bits(halves), before)
+        write()
+        assert not same(bits(halves), before)
+    assert same(bits(whole), bits(halves))

@@ -9,7 +9,7 @@ and the run is done when the first term is below ``target_loss`` (:class:`insitu
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +65,10 @@ class TeachingRun:
         ]
         self._optimizer = make_optimizer(model, config)
         self._step = 0
+        self._second_half: Callable[[], None] = _nothing
 
     def prepare(self) -> Prepared:
-        """Forward and backward on the weights as they are. Reads only."""
+        """Forward and backward on the weights as they are, and the optimizer's moments. Reads the weights only."""
         self._optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for batch, freeze_context, targets in self._batches:
@@ -81,16 +82,18 @@ class TeachingRun:
             divergence = kl_to_reference(self.model, batch, reference)
             (self.config.anchor_weight * divergence).backward()  # type: ignore[no-untyped-call]
             anchor_kl = divergence.item()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return Prepared(loss, anchor_kl, float(torch.nn.utils.get_total_norm(gradients)))
-
-    def write(self) -> None:
-        """One optimizer step, in place."""
         self._step += 1
         share = min(1.0, self._step / (self.config.warmup_steps + 1))
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * share
-        self._optimizer.step()
+        self._second_half = self._optimizer.prepare()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return Prepared(loss, anchor_kl, float(torch.nn.utils.get_total_norm(gradients)))
+
+    def write(self) -> None:
+        """Change the weights in place, as :meth:`prepare` has worked it out."""
+        self._second_half()
+        self._second_half = _nothing
         self._optimizer.zero_grad(set_to_none=True)
 
     @property
@@ -106,6 +109,10 @@ class TeachingRun:
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.state.clear()
+
+
+def _nothing() -> None:
+    """What there is to write before anything was prepared."""
 
 
 def make_optimizer(model: Any, config: TeachConfig) -> APOLLO:

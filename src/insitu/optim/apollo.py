@@ -20,7 +20,7 @@ from insitu.optim.counting import StepCounts
 from insitu.optim.projection import Layout, ProjectionCache, layout, matrix_shape
 from insitu.optim.seeds import mix
 from insitu.optim.step import Backend, choose
-from insitu.optim.step.reference import apollo, auto_alpha
+from insitu.optim.step.reference import auto_alpha, plan
 
 _log = logging.getLogger(__name__)
 
@@ -192,25 +192,41 @@ class APOLLO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        backends: dict[tuple[str, torch.device], Backend] = {}
-        stepped: dict[Tensor, Tensor] = {}
+        self.prepare()()
+        return loss
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], None]:
+        """The first half of a step: moments and scaling factors, from the gradients alone. No weight changes.
+
+        Returns the second half, which writes the weights. Call it once, before the gradients change; if it is never called,
+        the moments have still moved. For whoever must stop readers of the weights while they are written, and no longer.
+        """
+        backends = _Backends()
+        writes: list[tuple[Tensor, dict[str, Any], Callable[[Backend], None]]] = []
         position = 0
         for group in self.param_groups:
             options.check(group)
             for i, p in enumerate(group["params"]):
                 if p.grad is not None and p.numel():
-                    chosen = group["backend"], p.device
-                    if chosen not in backends:
-                        backends[chosen] = choose(*chosen)
-                    self._step_tensor(p, p.grad, group, _name(group, i, position), position, backends[chosen])
-                    stepped[p] = self.state[p]["step"]
+                    name = _name(group, i, position)
+                    writes.append(
+                        (p, group, self._prepare_tensor(p, p.grad, group, name, position, backends.of(group, p)))
+                    )
                 position += 1
-        self._counts.observe(stepped)
-        return loss
 
-    def _step_tensor(
+        @torch.no_grad()
+        def write() -> None:
+            fresh = _Backends()  # the number of threads may be another by now
+            for p, group, write_tensor in writes:
+                write_tensor(fresh.of(group, p))
+            self._counts.observe({p: self.state[p]["step"] for p, _, _ in writes})
+
+        return write
+
+    def _prepare_tensor(
         self, p: Tensor, grad: Tensor, group: dict[str, Any], name: str, position: int, backend: Backend
-    ) -> None:
+    ) -> Callable[[Backend], None]:
         _refuse_unsuitable(p, name)
         _refuse_unsuitable(grad, f"the gradient of {name}")
         size = _layout(p, group, name)
@@ -223,7 +239,6 @@ class APOLLO(Optimizer):
         else:
             done = self._counts.read(p, state["step"])
         key = mix(state["seed"], done) if p.dtype == torch.bfloat16 and group["rounding"] == "stochastic" else None
-        W = p.contiguous()
         M, V = state["exp_avg"], state["exp_avg_sq"]
         common = {
             "step": done + 1,
@@ -231,29 +246,43 @@ class APOLLO(Optimizer):
             "betas": tuple(group["betas"]),
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
-            "key": key,
         }
+
+        def stepped(W: Tensor, live: Tensor) -> None:
+            if W is not p:
+                p.copy_(W)
+            state["step"].add_(live.long())
+
         if size is None:
-            live = backend.adamw(W.view(-1), grad.reshape(-1), M.view(-1), V.view(-1), **common)
-        else:
-            live = apollo(
-                W.view(size.rows, size.cols),
-                grad.reshape(size.rows, size.cols),
-                M,
-                V,
-                state["update_norm"],
-                self._projections.get(p, group["projection"], state["seed"], done // group["refresh"], size),
-                channel_dim=size.channel_dim,
-                alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
-                granularity=_granularity(group),
-                denominator=group["denominator"],
-                limiter=group["limiter"],
-                backend=backend,
-                **common,
-            )
-        if W is not p:
-            p.copy_(W)
-        state["step"].add_(live.long())
+
+            def write_adamw(backend: Backend) -> None:
+                W = p.contiguous()
+                stepped(W, backend.adamw(W.view(-1), grad.reshape(-1), M.view(-1), V.view(-1), key=key, **common))
+
+            return write_adamw
+
+        G = grad.reshape(size.rows, size.cols)
+        eta_s, decay, live = plan(
+            G,
+            M,
+            V,
+            state["update_norm"],
+            self._projections.get(p, group["projection"], state["seed"], done // group["refresh"], size),
+            channel_dim=size.channel_dim,
+            alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
+            granularity=_granularity(group),
+            denominator=group["denominator"],
+            limiter=group["limiter"],
+            backend=backend,
+            **common,
+        )
+
+        def write_matrix(backend: Backend) -> None:
+            W = p.contiguous()
+            backend.apply(W.view(size.rows, size.cols), G, eta_s, decay, key)
+            stepped(W, live)
+
+        return write_matrix
 
 
 class APOLLOMini(APOLLO):
@@ -269,6 +298,19 @@ class APOLLOMini(APOLLO):
                 "use APOLLO(rank=..., granularity='tensor')"
             )
         super().__init__(params, lr, rank=1, **options)
+
+
+class _Backends:
+    """The backends of one half of a step, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, torch.device], Backend] = {}
+
+    def of(self, group: dict[str, Any], p: Tensor) -> Backend:
+        chosen = group["backend"], p.device
+        if chosen not in self._made:
+            self._made[chosen] = choose(*chosen)
+        return self._made[chosen]
 
 
 def _new_state(p: Tensor, size: Layout | None, seed: int) -> dict[str, Any]:

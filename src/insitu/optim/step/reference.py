@@ -13,7 +13,7 @@ Zhu et al. 2024, "APOLLO: SGD-like Memory, AdamW-level Performance" (arXiv 2412.
     W_t  = (1 - eta lambda) W_{t-1} - eta U_t        decoupled decay                                   descend
 
 U is never formed: |U|^2 = alpha^2 sum_j s_j^2 |G_j|^2 follows from the sums of squares per channel, so a step is two
-passes over G (measure, descend) with small work between them; ``apollo`` below puts them together.
+passes over G (measure, descend) with small work between them: ``plan`` below is all but the second pass.
 
 Everything is a function of tensors and numbers; states change in place, and nothing is read back to the host. A
 gradient that is all zero must change nothing, which is why the 0-dim ``live`` (1.0 or 0.0) appears in the averages.
@@ -99,8 +99,7 @@ def auto_alpha(projected: int, rank: int) -> float:
     return sqrt(projected / rank)
 
 
-def apollo(
-    W: Tensor,
+def plan(
     G: Tensor,
     M: Tensor,
     V: Tensor,
@@ -117,10 +116,12 @@ def apollo(
     granularity: str,
     denominator: str,
     limiter: float | None,
-    key: int | None,
     backend: Backend,
-) -> Tensor:
-    """One step of one matrix: W, M, V and ``last_norm`` (0-dim) in place; returns ``live``."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """All of one matrix's step but the change of W: M, V and ``last_norm`` (0-dim) in place.
+
+    Returns ``eta_s`` and ``decay`` as :func:`descend` takes them, and ``live``.
+    """
     R, G_sq = backend.measure(G, projection, channel_dim)
     live = is_live(G_sq)
     R_tilde = adam_direction(R, M, V, live, step=step, betas=betas, eps=eps)
@@ -129,8 +130,7 @@ def apollo(
     last_norm.copy_(norm)
     eta_s = s * (factor * (lr * alpha))
     decay = live * (lr * weight_decay) if weight_decay else None
-    backend.apply(W, G, eta_s[:, None] if channel_dim == 0 else eta_s[None, :], decay, key)
-    return live
+    return eta_s[:, None] if channel_dim == 0 else eta_s[None, :], decay, live
 
 
 def descend(work: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None) -> Tensor:
