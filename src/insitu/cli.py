@@ -133,7 +133,7 @@ def chat(*, state_dir: StateDir = None, max_tokens: int = 256, temperature: floa
 
 @app.command
 @plainly
-def learn(file: str, /, *, state_dir: StateDir = None) -> None:
+def learn(file: Annotated[str, Parameter(allow_leading_hyphen=True)], /, *, state_dir: StateDir = None) -> None:
     """Teach the served model the examples of FILE (JSONL with `messages`), `-` for standard input.
 
     Args:

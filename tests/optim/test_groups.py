@@ -42,6 +42,13 @@ def test_every_trainable_tensor_is_in_exactly_one_group(tie: bool) -> None:
     assert tie or found["head.weight"] == "dense"
 
 
+def test_a_tied_tensor_follows_dense_whichever_of_its_uses_comes_last() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20, bias=False), nn.Linear(20, 8, bias=False))
+    model[1].weight = model[0].weight
+    assert roles(model) == {"0.weight": "dense", "2.weight": "matrix"}
+    assert roles(nn.Sequential(model[1], model[0], model[2])) == {"0.weight": "dense", "2.weight": "matrix"}
+
+
 def test_the_grouping_can_be_read() -> None:
     told = str(insitu.param_groups(Tied()))
     for word in ("matrix", "dense", "adamw", "layer.weight", "embed.weight", "(20, 8)"):

@@ -34,6 +34,18 @@ def test_the_mean_is_kept(fraction: float) -> None:
     assert up == pytest.approx(fraction, abs=5 * (fraction * (1 - fraction) / n) ** 0.5 + 2**-16)
 
 
+def test_the_mean_over_seeds_is_kept_at_each_element() -> None:
+    x = torch.randn(64)
+    num = 2000
+    mean = torch.stack([stochastic_round(x, seed=seed, step=0) for seed in range(num)]).double().mean(0)
+    low, high = neighbours(x)
+    spread = (high.double() - low.double()).abs()
+    # A share of num draws has a deviation of at most 0.5 / sqrt(num); five of them, for 64 elements.
+    assert ((mean - x.double()).abs() < 5 * 0.5 / num**0.5 * spread).all()
+    # Nearest rounding would be off by up to half the spread.
+    assert ((x.bfloat16().double() - x.double()).abs() > 5 * 0.5 / num**0.5 * spread).any()
+
+
 def test_elements_steps_and_seeds_are_independent() -> None:
     x = torch.full((100_000,), 1.0 + 0.5 * 2.0**-7)
     a, b, c = (stochastic_round(x, *k).float() > 1 for k in ((0, 0), (0, 1), (1, 0)))
