@@ -50,11 +50,11 @@ def param_groups(
 
     >>> groups = param_groups(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8)))
     >>> print(groups)
-    matrix   1 tensor     32 elements
+    matrix   1 tensor      32 elements
                1.weight  (8, 4)
-    dense    1 tensor     40 elements
+    dense    1 tensor      40 elements
                0.weight  (10, 4)
-    adamw    1 tensor      8 elements
+    adamw    1 tensor       8 elements
                1.bias  (8,)
     """
     roles = _roles(model, head)

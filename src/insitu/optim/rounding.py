@@ -29,6 +29,7 @@ def _scalar(word: int) -> Tensor:
 
 
 _WEYL = 0x9E3779B1
+_PIECE = 1 << 16  # elements rounded at a time by a thread, so that the scratch stays in the cache of its core
 _PERIOD = 1 << 33  # elements after which the 32-bit counter of words starts again
 _MIXER, _SHIFT, _UPPER = map(_scalar, (0x85EBCA6B, 15, 0xFFFF0000))
 
@@ -73,7 +74,7 @@ def round_into(out: Tensor, source: Tensor, key: int, start: int = 0, scratch: S
         scratch: memory to reuse; ``source`` is rounded in pieces of its size.
     """
     target, bits = out.view(-1), source.view(-1).view(torch.int32)
-    scratch = scratch or make_scratch(source.device, max(2, min(1 << 16, source.numel())))
+    scratch = scratch or make_scratch(source.device, max(2, min(_PIECE * torch.get_num_threads(), source.numel())))
     done = 0
     while done < bits.numel():
         # No piece crosses a multiple of 2^33, where the key changes.
