@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny, on_arena
 from transformers import AutoModelForCausalLM
 
-from insitu.live.server import Server, StartError
+from insitu.live.server import Server
 from insitu.live.store import Store
-from insitu.live.versions import Versions, checkpoint_files, read
+from insitu.live.versions import VersionError, Versions, checkpoint_files, read
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena, plan
 from insitu.live.weights.attach import AttachError
@@ -246,7 +246,7 @@ def test_a_checkpoint_whose_k_and_v_changed_places_is_refused_at_the_next_start(
     tensors = load_file(file)
     tensors[K], tensors[V] = tensors[V], tensors[K]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(StartError, match="version 0 does not hold the bytes"):
+    with pytest.raises(VersionError, match="version 0 does not hold the bytes"):
         life()
 
 
@@ -263,5 +263,5 @@ def test_a_version_file_whose_k_and_v_changed_places_is_refused_at_the_next_star
     tensors = load_file(file)
     tensors[K], tensors[V] = tensors[V], tensors[K]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(StartError, match="version 1 does not hold the bytes"):
+    with pytest.raises(VersionError, match="version 1 does not hold the bytes"):
         life()

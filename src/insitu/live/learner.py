@@ -235,20 +235,10 @@ class Learner:
         header = self.arena.header
         if header.step or header.writer:
             self.engine.pause()
-            self._restore(parent)
+            self.versions.restore(parent, self.arena, self.aliases)
             self.engine.publish()
         if self.engine.paused:
             self.engine.resume()
-
-    def _restore(self, version: int) -> None:
-        """Inside a pause: the weights become ``version``'s, bit for bit, or this raises."""
-        self.arena.mark_writing()
-        with torch.no_grad():
-            attach.fill(self.views, self.versions.iter_version(version), self.aliases)
-        recorded = self.store.version(version)
-        if recorded is None or self.arena.sha256() != recorded.sha256:
-            raise attach.AttachError(f"version {version} was read back with other bytes than were committed")
-        self.arena.stamp(version)
 
     def roll_back(self, request: Rollback) -> None:
         """Serve the bytes of an older version again, as a new version."""
@@ -268,9 +258,9 @@ class Learner:
         version = self.store.reserve("rollback", parent, target=request.target)
         self.engine.pause()
         try:
-            self._restore(request.target)
+            self.versions.restore(request.target, self.arena, self.aliases)
         except Exception as error:
-            self._restore(parent)
+            self.versions.restore(parent, self.arena, self.aliases)
             self.engine.publish()
             self.engine.resume()
             self.store.abandon(version, "refused", str(error), {})

@@ -105,20 +105,11 @@ class Server:
         # A learner that outlived the last server may be about to commit the file it has just written.
         if not _held(self.state_dir / "learner.lock"):
             self.versions.discard_uncommitted()
-        self._restore(head)
+        self.versions.restore(head, self.arena, self._aliases)
 
     def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         with torch.no_grad():
             attach.fill(self._views, tensors, self._aliases)
-
-    def _restore(self, version: int) -> None:
-        """The arena becomes this version bit for bit, or this raises."""
-        self.arena.mark_writing()
-        self._fill(self.versions.iter_version(version))
-        recorded = self.store.version(version)
-        if recorded is None or self.arena.sha256() != recorded.sha256:
-            raise StartError(f"the file of version {version} does not hold the bytes that were committed; restore it")
-        self.arena.stamp(version)
 
     def _repair(self, paused: bool) -> None:
         """A learner's process has ended: undo what it did not commit, and let requests go on."""
@@ -131,7 +122,7 @@ class Server:
                 if not paused:
                     self.engine.pause()
                     paused = True
-                self._restore(head)
+                self.versions.restore(head, self.arena, self._aliases)
                 self.engine.publish(self.arena.header.label)
             if paused:
                 self.engine.resume()

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from insitu.live.store import Store
+from insitu.live.weights import attach
+from insitu.live.weights.arena import Arena
 
 
 class VersionError(ValueError):
@@ -75,6 +77,22 @@ class Versions:
         if not (file := self.path(content)).exists():
             raise VersionError(f"the file of version {content} is missing: {file}")
         yield from read([file])
+
+    def restore(self, version: int, arena: Arena, aliases: Mapping[str, str]) -> None:
+        """The arena becomes this version, bit for bit, and says so. Nobody may read the weights meanwhile.
+
+        Raises VersionError or AttachError; the header then still says that a write is going on.
+        """
+        arena.mark_writing()
+        with torch.no_grad():
+            attach.fill(arena.views(), self.iter_version(version), aliases)
+        recorded = self.store.version(version)
+        if recorded is None or arena.sha256() != recorded.sha256:
+            raise VersionError(
+                f"the file of version {version} does not hold the bytes that were committed; put the right file back, or "
+                "start with an empty --state-dir"
+            )
+        arena.stamp(version)
 
     def write(self, version: int, views: Mapping[str, torch.Tensor]) -> None:
         """Make the bytes of ``views`` durable as ``version``. It exists only once the store has committed it.
