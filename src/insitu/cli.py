@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -52,6 +52,7 @@ def demo(
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
     model: str = "smollm2",
     seed: int = 0,
+    engine: Literal["embedded", "vllm"] = "embedded",
     yes: bool = False,
 ) -> None:
     """Teach a served model something, see it generalise, undo it. Needs nothing but this package.
@@ -61,6 +62,7 @@ def demo(
         json_file: Also write every prompt, reply and figure to this file.
         model: smollm2, a directory, or a Hub id.
         seed: Seed of the projections.
+        engine: embedded, or vllm if it is installed beside insitu.
         yes: Agree to the download of smollm2 (93 MB) without being asked.
     """
     from insitu.demo import show
@@ -68,14 +70,14 @@ def demo(
     from insitu.live.source import SourceError
 
     try:
-        passed = show(behaviour, model=model, seed=seed, yes=yes, json_file=json_file)
+        passed = show(behaviour, model=model, seed=seed, yes=yes, json_file=json_file, engine=engine)
     except (ClientError, SourceError) as error:
         sys.exit(f"insitu: {error}")
     sys.exit(0 if passed else 1)
 
 
 @app.command
-def serve(model: str, /, *, config: Annotated[ServeConfig | None, Parameter(name="*")] = None) -> None:
+def serve(model: str | None = None, /, *, config: Annotated[ServeConfig | None, Parameter(name="*")] = None) -> None:
     """Serve MODEL over an OpenAI-compatible API, and learn from feedback.
 
     Args:
@@ -83,14 +85,27 @@ def serve(model: str, /, *, config: Annotated[ServeConfig | None, Parameter(name
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     from insitu.live.server import StartError
-    from insitu.live.server import serve as run
     from insitu.live.source import SourceError
     from insitu.live.versions import VersionError
     from insitu.live.weights.attach import AttachError
     from insitu.live.weights.handles import HandleError
 
+    config = config or ServeConfig()
+    if (model is None) == (config.attach is None):
+        sys.exit("insitu: name a MODEL to serve, or the server to attach to with --attach SOCKET (not both)")
     try:
-        run(model, config or ServeConfig())
+        if config.attach is not None:
+            from insitu.live.vllm_server import keep_learner
+
+            keep_learner(config.attach, config)
+        elif config.engine == "vllm":
+            from insitu.live.vllm_server import serve as serve_vllm
+
+            serve_vllm(str(model), config)
+        else:
+            from insitu.live.server import serve as serve_embedded
+
+            serve_embedded(str(model), config)
     except (StartError, SourceError, VersionError, AttachError, HandleError) as error:
         sys.exit(f"insitu: {error}")
 

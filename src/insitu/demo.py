@@ -98,8 +98,9 @@ def old_logprobs(client: Client, tokenizer: Any, prompts: Sequence[str], replies
 
 
 def process_bytes(client: Client) -> dict[str, int]:
-    """Peak resident bytes of server and learner together, and the arena's Rss and Pss in both."""
-    pids = [client.facts["pid"], client.get("/v1/live")["learner"]["pid"]]
+    """Peak resident bytes of the two processes that hold the arena, and the arena's Rss and Pss in both."""
+    live = client.get("/v1/live")
+    pids = [live["arena"]["pid"], live["learner"]["pid"]]
     peak = 0
     for pid in pids:
         match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -197,7 +198,7 @@ def verdict(result: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def show(name: str, *, model: str, seed: int, yes: bool, json_file: Path | None) -> bool:
+def show(name: str, *, model: str, seed: int, yes: bool, json_file: Path | None, engine: str = "embedded") -> bool:
     """``insitu demo``: print what happens, write the figures to ``json_file``, and say whether every target was met."""
     from rich.console import Console
     from rich.table import Table
@@ -212,7 +213,7 @@ def show(name: str, *, model: str, seed: int, yes: bool, json_file: Path | None)
     console.print(f"[bold]Serving {model}[/], a real model, on this machine. Teaching it: {behaviour['about']}.")
     with (
         tempfile.TemporaryDirectory(prefix="insitu-demo-") as directory,
-        served(model, Path(directory), seed=seed, yes=yes) as client,
+        served(model, Path(directory), seed=seed, yes=yes, options=["--engine", engine]) as client,
         console.status("") as status,
     ):
         result = measure(client, behaviour, AutoTokenizer.from_pretrained(base), status.update)

@@ -68,18 +68,24 @@ class ServeConfig:
     """What ``insitu serve`` was asked for.
 
     Args:
+        engine: embedded (Transformers, in this process) or vllm, for real load; vLLM must be installed beside insitu.
+        attach: Start no server: only a learner, for the server whose control socket this is (STATE/run/engine.sock).
+        vllm_args: More options of `vllm serve`, in one string.
         state_dir: Where versions, feedback and keys are kept; ~/.local/state/insitu unless $INSITU_STATE says otherwise.
         host: Address to listen on; anything but loopback lets others reach the server.
         allowed_hosts: Host names, beside the loopback ones, under which clients may reach the server.
         port: Port to listen on; 0 takes a free one.
         yes: Agree to the download of ``smollm2``.
         dtype: Type of the weights, served and trained.
-        max_requests: Requests computed at once; more wait their turn.
-        cache_tokens: Room for keys and values, in tokens, all requests together.
-        threads: Threads for serving; 0 is half of the cores. The rest learn.
+        max_requests: Embedded engine: requests computed at once; more wait their turn.
+        cache_tokens: Embedded engine: room for keys and values, in tokens, all requests together.
+        threads: Cores for serving; 0 is half of them. The rest learn.
         teach: How the learner teaches.
     """
 
+    engine: Literal["embedded", "vllm"] = "embedded"
+    attach: Path | None = None
+    vllm_args: str = ""
     state_dir: Path = field(default_factory=default_state_dir)
     host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """The line between learner and server: a Unix socket with a handful of commands.
 
-The server hands out the arena once, then obeys: pause, publish, resume, score, generate. One learner at a time. The lease it
-holds on the weights ends only with its process: a connection that breaks is followed by a wait for that process to be gone,
-and only then does the server look at what it left behind (``on_writer_gone``).
+The server hands out the arena once, then obeys: ready, refuse, pause, publish, resume, score, generate. One learner at a
+time. The lease it holds on the weights ends only with its process: a connection that breaks is followed by a wait for that
+process to be gone, and only then does the server look at what it left behind (``on_writer_gone``).
 """
 
 import asyncio
@@ -30,10 +30,18 @@ class ControlError(RuntimeError):
 
 class ControlServer:
     """Serves one learner at a time on ``path``. ``on_writer_gone`` runs when a learner's process has ended, before another
-    may attach, and is told whether the learner had paused the engine: it repairs the weights and ends the pause."""
+    may attach, and is told whether the learner had paused the engine: it repairs the weights and ends the pause.
 
-    def __init__(self, engine: Engine, arena: Arena, path: Path, on_writer_gone: Callable[[bool], None]) -> None:
+    ``proven`` False asks the first learner for proof that the engine reads the arena (:mod:`insitu.live.proof`); ``refusal``
+    is why a learner would not attach.
+    """
+
+    def __init__(
+        self, engine: Engine, arena: Arena, path: Path, on_writer_gone: Callable[[bool], None], *, proven: bool = True
+    ) -> None:
         self._engine = engine
+        self.proven = proven
+        self.refusal: str | None = None
         self._arena = arena
         self._on_writer_gone = on_writer_gone
         self._listener = handles.listen(path)
@@ -92,7 +100,8 @@ class ControlServer:
             try:
                 message, _ = handles.receive(connection)
                 if message.get("do") == "attach":
-                    handles.send(connection, handles.manifest(self._arena), self._arena.fd)
+                    facts = {**handles.manifest(self._arena), "proven": self.proven}
+                    handles.send(connection, facts, self._arena.fd)
                 else:
                     handles.send(connection, self._obey(message))
             except (ConnectionError, handles.HandleError):
@@ -102,7 +111,11 @@ class ControlServer:
         try:
             match message:
                 case {"do": "ready"}:
-                    self.learner_ready = True
+                    self.learner_ready = self.proven = True
+                    self.refusal = None
+                    return {}
+                case {"do": "refuse", "reason": str(reason)}:
+                    self.refusal = reason
                     return {}
                 case {"do": "pause"}:
                     self._engine.pause()
@@ -146,13 +159,13 @@ def _outlive(lease: int) -> None:
         poll.poll()
 
 
-def _attach(connection: socket.socket) -> Arena:
+def _attach(connection: socket.socket) -> tuple[Arena, bool]:
     handles.send(connection, {"do": "attach"})
     message, fd = handles.receive(connection, want_fd=True)
     if fd is None:
         raise handles.HandleError("the server sent no descriptor with its handle")
     try:
-        return handles.open_arena(message, fd)
+        return handles.open_arena(message, fd), bool(message.get("proven"))
     except BaseException:
         os.close(fd)
         raise
@@ -164,7 +177,7 @@ class EngineClient:
     def __init__(self, path: Path) -> None:
         self._socket = handles.connect(path)
         try:
-            self.arena = _attach(self._socket)
+            self.arena, self.proven = _attach(self._socket)
         except BaseException:
             self._socket.close()
             raise
@@ -190,6 +203,10 @@ class EngineClient:
     def ready(self) -> None:
         """Tell the server that the weights were verified and lessons are taken."""
         self._ask(do="ready")
+
+    def refuse(self, reason: str) -> None:
+        """Tell the server why its weights will not be trained."""
+        self._ask(do="refuse", reason=reason)
 
     def pause(self) -> None:
         """Idempotent: whoever cleans up need not know how far the work had got."""

@@ -16,7 +16,7 @@ from insitu.data.batch import collate
 from insitu.data.chat import Example
 from insitu.data.loss import kl_to_reference, reference_logprobs
 
-MAX_GAP = 0.3  # nats, between what the server reports and what the learner computes for the same tokens
+MAX_GAP = 0.1  # nats per token by which server and learner may come to disagree more in the course of a job
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,8 @@ class Guard:
 
 
 def gap(served: Sequence[float], computed: Sequence[float]) -> float:
-    """Largest difference between the server's log-probabilities and the learner's for the same tokens; inf if one is NaN."""
-    largest = 0.0
-    for a, b in zip(served, computed, strict=True):
-        difference = abs(a - b)
-        largest = difference if difference > largest or math.isnan(difference) else largest
-    return math.inf if math.isnan(largest) else largest
+    """Mean difference, whatever its sign, between the server's log-probabilities and the learner's for the same tokens; inf if
+    one is NaN. Other kernels in bf16 make 0.08 nats of the same weights, the same kernels none."""
+    differences = [abs(a - b) for a, b in zip(served, computed, strict=True)]
+    mean = sum(differences) / len(differences)
+    return mean if math.isfinite(mean) else math.inf

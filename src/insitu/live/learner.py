@@ -11,6 +11,7 @@ is answered from them again. If this process dies instead, the server notices an
 import fcntl
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ import torch
 from insitu.data.batch import collate
 from insitu.data.chat import DataError, Example, encode_continuation, encode_messages, encode_prompt
 from insitu.data.loss import target_logprobs
-from insitu.live import prompts
+from insitu.live import prompts, proof
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
 from insitu.live.guard import MAX_GAP, Guard, gap
@@ -69,7 +70,13 @@ class Learner:
         self.context_length = int(self.model.config.max_position_embeddings)
         self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
         self._threads = torch.get_num_threads()
-        self._verify()
+        try:
+            self._verify()
+            if not engine.proven:
+                self._prove()
+        except attach.AttachError as error:
+            engine.refuse(str(error))
+            raise
         engine.ready()
 
     def _verify(self) -> None:
@@ -80,6 +87,20 @@ class Learner:
             raise attach.AttachError(
                 f"the weights in memory are not version {head} (sha256 differs); refusing to train them"
             )
+
+    def _prove(self) -> None:
+        """This server has not answered anybody yet: show that it reads what lies in the arena."""
+        head = self._head()
+        speed = proof.compare(self.views, self.versions.iter_version(head), self.aliases)
+        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompts.CANARIES[0]}])
+        last = [name for name, parameter in self.model.named_parameters() if parameter.dim() == 1][-1]
+
+        def expose() -> None:
+            self.engine.publish()
+            self.engine.resume()
+
+        moved = proof.probe(self.arena, last, lambda: self.engine.score(ids), expose, self.engine.pause)
+        log.info("compared at %.2f GB/s; one element of %s moves the server by %.2g nats", speed / 1e9, last, moved)
 
     def _head(self) -> int:
         head = self.store.head()
@@ -165,6 +186,7 @@ class Learner:
         anchors = self._replies(prompts.ANCHORS, _ANCHOR_TOKENS)
         canaries = self._replies(prompts.CANARIES, _CANARY_TOKENS)
         guard = Guard(self.model, canaries, self.pad_token_id, self.config.max_canary_kl)
+        report["gap_before"] = self._gap(canaries[0])
         run = TeachingRun(self.model, examples, anchors, self.config, self.pad_token_id)
         try:
             for step in range(1, self.config.max_steps + 1):
@@ -214,14 +236,19 @@ class Learner:
         report["canary_kl"] = verdict.kl
         if not verdict.ok:
             raise RefusedError(str(verdict.reason), canary_kl=verdict.kl)
+        report["gap"] = found = self._gap(canary)
+        allowed = report["gap_before"] + MAX_GAP
+        if not (math.isfinite(found) and found <= allowed):
+            raise RefusedError(
+                f"server and learner disagree by {found:.2f} nats per token on the same text; the limit is {allowed:.2f}",
+                gap=found,
+            )
+
+    def _gap(self, canary: Example) -> float:
         served = self.engine.score(canary.input_ids)
         whole = Example(canary.input_ids, [False] + [True] * (len(canary.input_ids) - 1))
         computed = target_logprobs(self.model, collate([whole], self.pad_token_id))[0].tolist()
-        report["gap"] = found = gap(served, computed)
-        if not found <= MAX_GAP:
-            raise RefusedError(
-                f"server and learner disagree by {found:.2f} nats on the same tokens; the limit is {MAX_GAP}", gap=found
-            )
+        return gap(served, computed)
 
     def _serve_as(self, version: int) -> None:
         """The bytes already are this version's: let every answer from now on say so."""

@@ -10,12 +10,8 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +21,9 @@ from insitu.live import source
 from insitu.live.config import ServeConfig
 from insitu.live.control import ControlServer
 from insitu.live.engines.embedded import EmbeddedEngine
+from insitu.live.keeper import LearnerKeeper, held
 from insitu.live.keys import load_keys
+from insitu.live.repair import repair
 from insitu.live.store import Store
 from insitu.live.versions import Versions, checkpoint_files, read
 from insitu.live.weights import attach, handles
@@ -45,8 +43,8 @@ class Server:
         self.config = config
         self.model_name = model if model == source.SMOLLM2 else Path(model).name
         self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
-        self._lock = _lock(self.state_dir / "server.lock", self.state_dir)
-        self.listener = _bind(config.host, config.port)
+        self._lock = lock(self.state_dir / "server.lock", self.state_dir)
+        self.listener = bind(config.host, config.port)
         base = source.resolve(model, yes=config.yes)
         cores = len(os.sched_getaffinity(0))
         self._serve_threads = config.threads or max(1, cores // 2)
@@ -73,7 +71,7 @@ class Server:
             cache_tokens=config.cache_tokens,
         )
         self.control = ControlServer(self.engine, self.arena, self.state_dir / "run" / "engine.sock", self._repair)
-        self._learner: subprocess.Popen[bytes] | None = None
+        self._keeper = LearnerKeeper(self.state_dir, config.teach, self._learn_threads)
         self._stopping = threading.Event()
         self.failure: str | None = None
         self._uvicorn: Any = None
@@ -85,49 +83,20 @@ class Server:
 
     # -- weights -------------------------------------------------------------------------------------------------------
     def _load(self, base: Path) -> None:
-        """Fill the arena with the last committed version, the base checkpoint in a new state directory."""
-        head = self.store.head()
-        known = self.store.get_meta("base")
-        if head is None:
-            self._fill(read(checkpoint_files(base)))
-            self.store.set_meta("base", str(base))
-            self.store.commit(self.store.reserve("base", None), self.arena.sha256(), {"source": self.model_name})
-            self.arena.stamp(0)
-            return
-        if known != str(base):
-            self._fill(read(checkpoint_files(base)))
-            first = self.store.version(0)
-            if first is None or self.arena.sha256() != first.sha256:
-                raise StartError(
-                    f"{self.state_dir} belongs to another model ({known}); choose another --state-dir for {base}"
-                )
-            self.store.set_meta("base", str(base))
+        """Fill the arena with the base checkpoint, then with the last committed version of it."""
         # A learner that outlived the last server may be about to commit the file it has just written.
-        if not _held(self.state_dir / "learner.lock"):
+        if not held(self.state_dir / "learner.lock"):
             self.versions.discard_uncommitted()
-        self.versions.restore(head, self.arena, self._aliases)
-
-    def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         with torch.no_grad():
-            attach.fill(self._views, tensors, self._aliases)
+            attach.fill(self._views, read(checkpoint_files(base)), self._aliases)
+        self.versions.bring_up(self.arena, self._aliases, self.model_name)
 
     def _repair(self, paused: bool) -> None:
         """A learner's process has ended: undo what it did not commit, and let requests go on."""
-        header = self.arena.header
-        head = self.store.head()
-        assert head is not None
         try:
-            if header.writer or header.step or header.version != head:
-                log.warning("the learner died in %s; restoring version %d", header.label, head)
-                if not paused:
-                    self.engine.pause()
-                    paused = True
-                self.versions.restore(head, self.arena, self._aliases)
-                self.engine.publish(self.arena.header.label)
-            if paused:
-                self.engine.resume()
+            repair(self.engine, self.arena, self.versions, self._aliases, paused)
         except Exception as error:  # nobody may be answered from weights of which nothing is known
-            self.failure = f"version {head} could not be restored: {error}"
+            self.failure = f"the last committed version could not be restored: {error}"
             log.critical("%s; stopping", self.failure)
             self.stop()
 
@@ -141,8 +110,7 @@ class Server:
 
         self.engine.start()
         self.control.start()
-        supervisor = threading.Thread(target=self._keep_a_learner, name="insitu-supervisor", daemon=True)
-        supervisor.start()
+        self._keeper.start()
         app = create_app(
             self.engine,
             LocalService(self.store),
@@ -175,12 +143,7 @@ class Server:
         self._stopping.set()
         (self.state_dir / "server.json").unlink(missing_ok=True)
         self.control.close()
-        if self._learner is not None and self._learner.poll() is None:
-            self._learner.terminate()
-            try:
-                self._learner.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._learner.kill()
+        self._keeper.close()
         self.engine.close()
         self.store.close()
         self._lock.close()
@@ -197,38 +160,6 @@ class Server:
         if ready is not None:
             ready.set()
 
-    def _keep_a_learner(self) -> None:
-        """Start a learner whenever none holds the state directory; back off when it keeps dying. One that outlived an
-        earlier server attaches by itself."""
-        delay = 0.5
-        started = 0.0
-        while not self._stopping.wait(0.2):
-            if self._learner is not None and self._learner.poll() is None:
-                continue
-            if self.control.learner_pid is not None or _held(self.state_dir / "learner.lock"):
-                continue
-            if self._learner is not None:
-                log.warning("the learner ended (exit code %s); starting another", self._learner.returncode)
-                delay = 0.5 if time.monotonic() - started > 60 else min(30.0, delay * 2)
-                if self._stopping.wait(delay):
-                    return
-            started = time.monotonic()
-            self._learner = self._start_learner()
-
-    def _start_learner(self) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-m",
-            "insitu.live.learner",
-            str(self.state_dir),
-            json.dumps(asdict(self.config.teach)),
-        ]
-        # A short spin: the learner's threads find each other quickly in a write, and let go of the cores soon after it.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._learn_threads), "GOMP_SPINCOUNT": "20000"}
-        with (self.state_dir / "learner.log").open("ab") as output:
-            # A session of its own: Ctrl-C in a terminal ends the server, which then ends the learner in order.
-            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-
     def live_status(self) -> dict[str, Any]:
         """Facts of this process for GET /v1/live."""
         header = self.arena.header
@@ -239,7 +170,7 @@ class Server:
             "paused": self.control.paused,
             "trial": bool(header.step or header.writer),
             "learner": {"state": state, "pid": pid},
-            "arena": {"bytes": self.arena.num_bytes, **resident()},
+            "arena": {"bytes": self.arena.num_bytes, "pid": os.getpid(), **resident()},
         }
 
 
@@ -260,7 +191,7 @@ def serve(model: str, config: ServeConfig) -> None:
     server.run(ready)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Bind before anything slow, so that a port in use is told at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -275,7 +206,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _lock(path: Path, state_dir: Path) -> IO[str]:
+def lock(path: Path, state_dir: Path) -> IO[str]:
     """Hold the state directory as its only server, until the process ends."""
     file = path.open("w")
     try:
@@ -286,16 +217,6 @@ def _lock(path: Path, state_dir: Path) -> IO[str]:
             f"another server already runs on {state_dir}; stop it, or choose another --state-dir"
         ) from None
     return file
-
-
-def _held(path: Path) -> bool:
-    """Whether some process holds the lock file."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _tokenizer(base: Path) -> Any:

@@ -78,6 +78,28 @@ class Versions:
             raise VersionError(f"the file of version {content} is missing: {file}")
         yield from read([file])
 
+    def bring_up(self, arena: Arena, aliases: Mapping[str, str], source: str = "") -> None:
+        """An engine has loaded the base checkpoint into a new arena: make it the last committed version.
+
+        In a new state directory that is version 0, which is recorded as coming from ``source``. Raises VersionError when the
+        directory belongs to another checkpoint, or the version's file is not what was committed.
+        """
+        loaded = arena.sha256()
+        head, first = self.store.head(), self.store.version(0)
+        if head is None or first is None:
+            self.store.commit(self.store.reserve("base", None), loaded, {"source": source})
+            head = 0
+        elif first.sha256 != loaded:
+            raise VersionError(
+                f"{self.directory.parent} belongs to another model ({self.store.get_meta('base')}); choose another "
+                f"--state-dir for {self.base}"
+            )
+        self.store.set_meta("base", str(self.base))
+        if self.content(head) == 0:
+            arena.stamp(head)
+        else:
+            self.restore(head, arena, aliases)
+
     def restore(self, version: int, arena: Arena, aliases: Mapping[str, str]) -> None:
         """The arena becomes this version, bit for bit, and says so. Nobody may read the weights meanwhile.
 

@@ -8,6 +8,7 @@ parameter on a page boundary of its own:
 The server makes it, the learner maps the same pages. Torch sees ordinary tensors; neither process ever holds a second copy.
 """
 
+import copy
 import fcntl
 import hashlib
 import mmap
@@ -63,6 +64,11 @@ class Header:
         return f"{self.version}+{self.step}" if self.step else str(self.version)
 
 
+def end_of(slot: Slot) -> int:
+    """The page boundary behind a slot."""
+    return slot.offset + -(-slot.num_bytes // PAGE) * PAGE
+
+
 def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]]) -> list[Slot]:
     """Lay parameters out one after the other, each on a page boundary. Raises ValueError on a dtype the arena cannot hold."""
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -72,17 +78,22 @@ def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]]) -> list[Slot
             raise ValueError(f"{name} has dtype {dtype}; the arena holds {', '.join(DTYPES)}")
         slot = Slot(name, offset, names[dtype], tuple(shape))
         slots.append(slot)
-        offset += -(-slot.num_bytes // PAGE) * PAGE
+        offset = end_of(slot)
     return slots
 
 
 class Arena:
-    """A mapping of the shared allocation. ``fd`` is owned by this object until :meth:`close`."""
+    """A mapping of the shared allocation. ``fd`` is owned by this object until :meth:`close`.
 
-    def __init__(self, fd: int, slots: list[Slot]) -> None:
+    ``slots`` may leave bytes out (rows that an engine pads), so the size is said apart: ``num_bytes``.
+    """
+
+    def __init__(self, fd: int, slots: list[Slot], num_bytes: int) -> None:
         self.fd = fd
         self.slots = slots
-        self.num_bytes = slots[-1].offset + -(-slots[-1].num_bytes // PAGE) * PAGE
+        self.num_bytes = num_bytes
+        if (end := max(slot.offset + slot.num_bytes for slot in slots)) > num_bytes:
+            raise ValueError(f"the layout ends at byte {end} of an arena of {num_bytes}: not the same model")
         if (size := os.fstat(fd).st_size) != self.num_bytes:
             raise ValueError(f"the arena has {size} bytes, its layout needs {self.num_bytes}: not the same model")
         if _seals(fd) & _SEALS != _SEALS:
@@ -94,12 +105,18 @@ class Arena:
     def create(cls, slots: list[Slot]) -> "Arena":
         """Allocate zeroed, sealed memory for ``slots`` and stamp a new epoch."""
         fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        last = slots[-1]
-        os.ftruncate(fd, last.offset + -(-last.num_bytes // PAGE) * PAGE)
+        num_bytes = end_of(slots[-1])
+        os.ftruncate(fd, num_bytes)
         fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
-        arena = cls(fd, slots)
+        arena = cls(fd, slots, num_bytes)
         _HEADER.pack_into(arena._map, 0, _MAGIC, os.urandom(16), 0, 0, 0)
         return arena
+
+    def renamed(self, slots: list[Slot]) -> "Arena":
+        """The same mapping under other names and borders. The descriptor is shared: close one of the two."""
+        other = copy.copy(self)
+        other.slots = slots
+        return other
 
     def close(self) -> None:
         """Give the descriptor back. The mapping itself ends with the last tensor that looks into it."""
@@ -135,10 +152,10 @@ class Arena:
         return 0 <= tensor.data_ptr() - self._bytes.data_ptr() < self.num_bytes
 
     def sha256(self) -> str:
-        """Of all weights in layout order, padding left out. 0.2 s for 270 MB."""
+        """Of all weights in the order of their names, whatever the layout, padding left out. 0.2 s for 270 MB."""
         digest = hashlib.sha256()
         with memoryview(self._map) as memory:
-            for slot in self.slots:
+            for slot in sorted(self.slots, key=lambda slot: slot.name):
                 with memory[slot.offset : slot.offset + slot.num_bytes] as part:
                     digest.update(part)
         return digest.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from insitu.live.weights.arena import Arena, Slot, plan
+from insitu.live.weights.arena import DTYPES, Arena, Slot, plan
 
 
 class AttachError(ValueError):
@@ -46,7 +46,8 @@ def tied(model: Any) -> dict[str, str]:
 
 
 def assign(model: Any, views: Mapping[str, torch.Tensor], *, requires_grad: bool) -> None:
-    """Put the views in the place of the model's parameters, and check that every one of them fits.
+    """Put the views in the place of the model's parameters, and check that every one of them fits. A vector may be
+    fp32 in a narrower model: some engines keep a few of them so.
 
     Raises AttachError naming the first tensor that is missing, left over, or of another shape or dtype.
     """
@@ -59,7 +60,8 @@ def assign(model: Any, views: Mapping[str, torch.Tensor], *, requires_grad: bool
         if name not in views:
             raise AttachError(f"the arena lacks {name!r} of {type(model).__name__}")
         view = views[name]
-        if view.shape != old.shape or view.dtype != old.dtype:
+        wider = view.dim() < 2 and view.dtype == torch.float32
+        if view.shape != old.shape or not (view.dtype == old.dtype or wider):
             raise AttachError(f"{name!r}: arena {view.dtype} {list(view.shape)}, model {old.dtype} {list(old.shape)}")
         made[name] = torch.nn.Parameter(view, requires_grad=requires_grad)
     for name in [*expected, *aliases]:
@@ -69,12 +71,11 @@ def assign(model: Any, views: Mapping[str, torch.Tensor], *, requires_grad: bool
 
 def build(model_dir: Path, arena: Arena, *, requires_grad: bool) -> Any:
     """The model on the arena. Every parameter is verified to lie in it, and no tensor is left on meta."""
-    slots = arena.slots
-    dtypes = {slot.dtype for slot in slots}
     views = arena.views()
-    model = skeleton(model_dir, views[slots[0].name].dtype)
-    if len(dtypes) != 1:
-        raise AttachError(f"the arena mixes {sorted(dtypes)}; a Transformers model is built in one dtype")
+    matrices = {slot.dtype for slot in arena.slots if len(slot.shape) >= 2}
+    if len(matrices) != 1:
+        raise AttachError(f"the arena mixes {sorted(matrices)}; a Transformers model is built in one dtype")
+    model = skeleton(model_dir, DTYPES[matrices.pop()])
     assign(model, views, requires_grad=requires_grad)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not arena.holds(parameter):

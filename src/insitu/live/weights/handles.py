@@ -144,6 +144,9 @@ def open_arena(message: dict[str, Any], fd: int) -> Arena:
     """Map the arena of a manifest. Every field is checked: overlapping or misplaced slots are refused by name."""
     if message.get("format") != 1 or message.get("device") != "cpu":
         raise HandleError(f"unknown handle: format {message.get('format')!r}, device {message.get('device')!r}")
+    num_bytes = message.get("num_bytes")
+    if type(num_bytes) is not int:
+        raise HandleError(f"num_bytes must be an integer, not {num_bytes!r}")
     slots, end = [], PAGE
     raw = message.get("slots")
     if not isinstance(raw, list) or not raw:
@@ -163,4 +166,4 @@ def open_arena(message: dict[str, Any], fd: int) -> Arena:
         end = offset + slot.num_bytes
     if len({slot.name for slot in slots}) != len(slots):
         raise HandleError("the handle names a tensor twice")
-    return Arena(fd, slots)
+    return Arena(fd, slots, num_bytes)
