@@ -2,12 +2,16 @@
 
 import os
 import socket
+from importlib.util import find_spec
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+# vLLM needs an environment of its own (make vllm-env); its tests are run there, by make test-vllm.
+collect_ignore = [] if find_spec("vllm") else ["vllm"]
 
 
 @pytest.fixture(autouse=True)

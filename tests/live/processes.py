@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0, what: str = ""
     raise AssertionError(f"not within {seconds} s: {what or condition}")
 
 
-def launch(model: Path, state_dir: Path, *options: str) -> subprocess.Popen[bytes]:
+def launch(model: Path | str, state_dir: Path, *options: str) -> subprocess.Popen[bytes]:
     state_dir.mkdir(mode=0o700, exist_ok=True)
     command = [
         sys.executable,
@@ -49,7 +49,7 @@ def launch(model: Path, state_dir: Path, *options: str) -> subprocess.Popen[byte
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def attached(server: subprocess.Popen[bytes], state_dir: Path) -> Client:
+def attached(server: subprocess.Popen[bytes], state_dir: Path, seconds: float = 180.0) -> Client:
     """A client, once this server answers and has its learner."""
 
     def ready() -> bool:
@@ -57,9 +57,9 @@ def attached(server: subprocess.Popen[bytes], state_dir: Path) -> Client:
         file = state_dir / "server.json"
         return file.exists() and json.loads(file.read_text())["pid"] == server.pid
 
-    wait_for(ready, what="the server to answer")
+    wait_for(ready, seconds, what="the server to answer")
     client = Client(state_dir)
-    wait_for(lambda: learner_pid(client), what="the learner to attach")
+    wait_for(lambda: learner_pid(client), seconds, what="the learner to attach")
     return client
 
 
@@ -70,7 +70,7 @@ def learner_pid(client: Client) -> int:
 
 
 @contextmanager
-def running(model: Path, state_dir: Path, *options: str) -> Iterator[Client]:
+def running(model: Path | str, state_dir: Path, *options: str) -> Iterator[Client]:
     """A server and its learner, both gone at the end whatever the test did to them."""
     server = launch(model, state_dir, *options)
     try:
@@ -111,7 +111,8 @@ def spy(pid: int, model: Path) -> Arena:
 
     for link in Path(f"/proc/{pid}/fd").iterdir():
         if NAME in str(link.readlink()):
-            return Arena(os.open(link, os.O_RDWR | os.O_CLOEXEC), layout(skeleton(model, torch.bfloat16)))
+            fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
+            return Arena(fd, layout(skeleton(model, torch.bfloat16)), os.fstat(fd).st_size)
     raise AssertionError(f"process {pid} holds no arena")
 
 
