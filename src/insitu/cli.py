@@ -67,7 +67,7 @@ def demo(
     """
     from insitu.demo import show
     from insitu.live.client import ClientError
-    from insitu.live.source import SourceError
+    from insitu.live.packaged import SourceError
 
     try:
         passed = show(behaviour, model=model, seed=seed, yes=yes, json_file=json_file, engine=engine)
@@ -84,8 +84,8 @@ def serve(model: str | None = None, /, *, config: Annotated[ServeConfig | None, 
         model: smollm2 (a small real model, fetched once), a directory, or a Hub id.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    from insitu.live.packaged import SourceError
     from insitu.live.server import StartError
-    from insitu.live.source import SourceError
     from insitu.live.versions import VersionError
     from insitu.live.weights.attach import AttachError
     from insitu.live.weights.handles import HandleError
@@ -257,7 +257,7 @@ def doctor() -> None:
     import torch
 
     sys.stdout.write(f"cpu threads {torch.get_num_threads()}, cuda {torch.cuda.is_available()}\n")
-    from insitu.live.source import cached_smollm2
+    from insitu.live.packaged import cached_smollm2
 
     sys.stdout.write(f"smollm2 {cached_smollm2() or 'not fetched yet'}\nstate directory {default_state_dir()}\n")
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from insitu.live.store import Completion, IdInUseError, Store
+from insitu.live.records import Completion, IdInUseError
+from insitu.live.store import Store
 
 
 @pytest.fixture

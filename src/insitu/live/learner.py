@@ -30,7 +30,8 @@ from insitu.live import prompts, proof
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
 from insitu.live.guard import MAX_GAP, Guard, gap
-from insitu.live.store import Feedback, Rollback, Store
+from insitu.live.records import Feedback, Rollback
+from insitu.live.store import Store
 from insitu.live.teaching import TeachingRun
 from insitu.live.versions import Versions
 from insitu.live.weights import attach

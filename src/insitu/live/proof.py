@@ -4,6 +4,7 @@ Two questions that no layout can answer for itself: is every tensor, under its n
 engine really read this memory, or a copy of it? The second is asked by writing one element and listening.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -59,10 +60,9 @@ def probe(
         return score()
 
     before = score()
-    changed = write(kept * -8 + 8, 1)
+    changed = write(torch.where(kept < 0, 8 - 8 * kept, -8 - 8 * kept), 1)  # far away, whatever it was
     again = write(kept, 0)
-    moved = max(abs(a - b) for a, b in zip(before, changed, strict=True))
-    stayed = max(abs(a - b) for a, b in zip(before, again, strict=True))
+    moved, stayed = _distance(before, changed), _distance(before, again)
     if not moved >= LEAST_MOVE:
         raise AttachError(
             f"one element of {name!r} was changed and the served log-probabilities did not move ({moved:.1e} nats): the "
@@ -73,3 +73,9 @@ def probe(
             f"{name!r} was put back, and the served log-probabilities did not return ({stayed:.1e} nats off)"
         )
     return moved
+
+
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """The largest difference; NaN if any is, which ``max`` would pass over."""
+    differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    return math.nan if any(map(math.isnan, differences)) else max(differences)

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from insitu.live import source
+from insitu.live import packaged, source
 from insitu.live.config import ServeConfig
 from insitu.live.control import ControlServer
 from insitu.live.engines.embedded import EmbeddedEngine
@@ -41,7 +41,7 @@ class Server:
 
     def __init__(self, model: str, config: ServeConfig) -> None:
         self.config = config
-        self.model_name = model if model == source.SMOLLM2 else Path(model).name
+        self.model_name = model if model == packaged.SMOLLM2 else Path(model).name
         self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
         self._lock = lock(self.state_dir / "server.lock", self.state_dir)
         self.listener = bind(config.host, config.port)

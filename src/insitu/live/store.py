@@ -7,65 +7,26 @@ is trained under them and are never used twice (AUTOINCREMENT).
 
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-FeedbackStatus = Literal["queued", "training", "applied", "refused", "rolled_back"]
-VersionStatus = Literal["reserved", "committed", "refused", "lost"]
-JobStatus = Literal["queued", "running", "done", "failed"]
-
-# Schema 1. A change of schema gets a new number in user_version and a step in _open.
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE versions (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    kind TEXT NOT NULL,             -- base | teach | rollback
-    status TEXT NOT NULL,           -- reserved | committed | refused | lost
-    parent INTEGER,                 -- the committed version it started from
-    target INTEGER,                 -- of a rollback: the version whose bytes it repeats
-    created REAL NOT NULL,
-    sha256 TEXT,                    -- of all weights, see weights/arena.py
-    report TEXT NOT NULL DEFAULT '{}'
-);
-CREATE TABLE feedback (
-    id TEXT PRIMARY KEY,
-    seq INTEGER NOT NULL UNIQUE,    -- order of arrival
-    created REAL NOT NULL,
-    kind TEXT NOT NULL,             -- messages | continuation
-    payload TEXT NOT NULL,
-    digest TEXT NOT NULL,           -- of the payload, to recognise a repeated post
-    status TEXT NOT NULL,
-    reason TEXT,
-    version INTEGER REFERENCES versions(id),
-    attempts INTEGER NOT NULL DEFAULT 0  -- jobs that took it up
-);
-CREATE INDEX feedback_by_status ON feedback(status, seq);
-CREATE INDEX feedback_by_digest ON feedback(digest, status);
-CREATE TABLE rollbacks (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    created REAL NOT NULL,
-    target INTEGER NOT NULL,
-    status TEXT NOT NULL,           -- queued | running | done | failed
-    version INTEGER,
-    reason TEXT
-);
-CREATE TABLE completions (
-    id TEXT PRIMARY KEY,
-    created REAL NOT NULL,
-    key TEXT NOT NULL,              -- digest of the API key that asked
-    messages TEXT NOT NULL,
-    text TEXT NOT NULL,
-    weight_version TEXT NOT NULL
-);
-"""
+from insitu.live.database import open_database, transaction
+from insitu.live.records import (
+    Completion,
+    Feedback,
+    FeedbackKind,
+    IdInUseError,
+    JobStatus,
+    Rollback,
+    Version,
+    VersionKind,
+)
 
 # The versions whose lessons are in version ?: its ancestors, but a rollback continues the line of its target.
 _LINE = """
@@ -79,107 +40,12 @@ WITH RECURSIVE line(id) AS (
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Feedback:
-    """One thing to learn from. ``kind`` is ``messages`` (payload ``{"messages": [...]}``) or ``continuation`` (payload
-    ``{"context_ids": [...], "continuation_ids": [...]}``). ``version`` is set once a job has taken it up."""
-
-    id: str
-    created: float
-    kind: Literal["messages", "continuation"]
-    payload: dict[str, Any]
-    status: FeedbackStatus
-    reason: str | None
-    version: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One version of the weights; ``report`` holds the figures of the job that made (or failed to make) it."""
-
-    id: int
-    kind: Literal["base", "teach", "rollback"]
-    status: VersionStatus
-    parent: int | None
-    target: int | None
-    created: float
-    sha256: str | None
-    report: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Rollback:
-    """A request to serve the bytes of ``target`` again; ``version`` is the version that came of it."""
-
-    id: int
-    created: float
-    target: int
-    status: JobStatus
-    version: int | None
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What was answered, so that a correction can name it. ``key`` is a digest, never the key."""
-
-    id: str
-    key: str
-    messages: list[dict[str, Any]]
-    text: str
-    weight_version: str
-
-
-class IdInUseError(ValueError):
-    """A feedback id was used before with other content."""
-
-
 class Store:
     """The store of one state directory. Safe to share between threads; several processes may open the same file."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
-        # What people asked and taught is in it: for the owner only. SQLite gives its -wal and -shm files the same mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
-        try:
-            self._open(path)
-        except BaseException:
-            self._db.close()
-            raise
-
-    def _open(self, path: Path) -> None:
-        self._db.row_factory = sqlite3.Row
-        try:
-            self._to_wal()
-        except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
-                raise
-            raise ValueError(
-                f"{path} is not an insitu store; move it away, or choose another state directory"
-            ) from error
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("PRAGMA foreign_keys=ON")
-        with self._transaction():
-            found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if found == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    self._db.execute(statement)
-                self._db.execute("PRAGMA user_version=1")
-            elif found != 1:
-                raise ValueError(f"{path} has schema {found}, this insitu knows schema 1; use the insitu that wrote it")
-
-    def _to_wal(self) -> None:
-        """Two processes that open a new file at once: the change to WAL does not wait for the other's lock by itself."""
-        until = time.monotonic() + 30
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                    raise
-                time.sleep(0.01)
+        self._db = open_database(path)
 
     def close(self) -> None:
         with self._lock:
@@ -188,16 +54,8 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """One durable all-or-nothing change, exclusive among threads and processes."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                # Also when the COMMIT failed; on a full disk SQLite may have rolled back by itself.
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db) as db:
+            yield db
 
     def _rows(self, sql: str, *args: Any) -> list[sqlite3.Row]:
         with self._lock:
@@ -213,9 +71,7 @@ class Store:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     # -- feedback ------------------------------------------------------------------------------------------------------
-    def add_feedback(
-        self, kind: Literal["messages", "continuation"], payload: dict[str, Any], id: str | None = None
-    ) -> tuple[Feedback, bool]:
+    def add_feedback(self, kind: FeedbackKind, payload: dict[str, Any], id: str | None = None) -> tuple[Feedback, bool]:
         """Queue something to learn. Returns it and whether it is new.
 
         Clients repeat a POST whose answer was lost, so a known id returns what it named (:class:`IdInUseError` if the content
@@ -234,25 +90,25 @@ class Store:
                     "SELECT * FROM feedback WHERE digest = ? AND status IN ('queued', 'training', 'applied')", (digest,)
                 ).fetchone()
             if row is not None:
-                return _feedback(row), False
+                return Feedback.of(row), False
             name = id if id is not None else f"fb-{uuid.uuid4().hex[:24]}"
             db.execute(
                 "INSERT INTO feedback (id, seq, created, kind, payload, digest, status) VALUES "
                 "(?, (SELECT COALESCE(MAX(seq), 0) + 1 FROM feedback), ?, ?, ?, ?, 'queued')",
                 (name, time.time(), kind, text, digest),
             )
-            return _feedback(db.execute("SELECT * FROM feedback WHERE id = ?", (name,)).fetchone()), True
+            return Feedback.of(db.execute("SELECT * FROM feedback WHERE id = ?", (name,)).fetchone()), True
 
     def feedback(self, id: str) -> Feedback | None:
         rows = self._rows("SELECT * FROM feedback WHERE id = ?", id)
-        return _feedback(rows[0]) if rows else None
+        return Feedback.of(rows[0]) if rows else None
 
     def feedback_of(self, version: int) -> list[Feedback]:
-        return [_feedback(r) for r in self._rows("SELECT * FROM feedback WHERE version = ? ORDER BY seq", version)]
+        return [Feedback.of(r) for r in self._rows("SELECT * FROM feedback WHERE version = ? ORDER BY seq", version)]
 
     def queued(self, limit: int) -> list[Feedback]:
         rows = self._rows("SELECT * FROM feedback WHERE status = 'queued' ORDER BY seq LIMIT ?", limit)
-        return [_feedback(r) for r in rows]
+        return [Feedback.of(r) for r in rows]
 
     def counts(self) -> dict[str, int]:
         """Number of feedback items by status."""
@@ -266,36 +122,20 @@ class Store:
     def add_completion(self, completion: Completion, keep: int = 10_000) -> None:
         """Remember an answer so that a correction can name it; the oldest beyond ``keep`` are dropped."""
         with self._transaction() as db:
+            messages = json.dumps(completion.messages, ensure_ascii=False)
             db.execute(
                 "INSERT INTO completions VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    completion.id,
-                    time.time(),
-                    completion.key,
-                    json.dumps(completion.messages, ensure_ascii=False),
-                    completion.text,
-                    completion.weight_version,
-                ),
+                (completion.id, time.time(), completion.key, messages, completion.text, completion.weight_version),
             )
-            db.execute(
-                "DELETE FROM completions WHERE rowid <= (SELECT MAX(rowid) FROM completions) - ?",
-                (keep,),
-            )
+            db.execute("DELETE FROM completions WHERE rowid <= (SELECT MAX(rowid) FROM completions) - ?", (keep,))
 
     def completion(self, id: str) -> Completion | None:
         rows = self._rows("SELECT * FROM completions WHERE id = ?", id)
-        if not rows:
-            return None
-        r = rows[0]
-        return Completion(r["id"], r["key"], json.loads(r["messages"]), r["text"], r["weight_version"])
+        return Completion.of(rows[0]) if rows else None
 
     # -- versions ------------------------------------------------------------------------------------------------------
     def reserve(
-        self,
-        kind: Literal["base", "teach", "rollback"],
-        parent: int | None,
-        target: int | None = None,
-        feedback: list[str] | None = None,
+        self, kind: VersionKind, parent: int | None, target: int | None = None, feedback: list[str] | None = None
     ) -> int:
         """Make a version id durable before any weight changes, and mark the feedback it takes up as in training."""
         with self._transaction() as db:
@@ -368,10 +208,10 @@ class Store:
 
     def version(self, id: int) -> Version | None:
         rows = self._rows("SELECT * FROM versions WHERE id = ?", id)
-        return _version(rows[0]) if rows else None
+        return Version.of(rows[0]) if rows else None
 
     def versions(self) -> list[Version]:
-        return [_version(r) for r in self._rows("SELECT * FROM versions ORDER BY id")]
+        return [Version.of(r) for r in self._rows("SELECT * FROM versions ORDER BY id")]
 
     # -- rollbacks -----------------------------------------------------------------------------------------------------
     def add_rollback(self, target: int) -> Rollback:
@@ -382,19 +222,19 @@ class Store:
                 "SELECT * FROM rollbacks WHERE target = ? AND status IN ('queued', 'running')", (target,)
             ).fetchone()
             if row is not None:
-                return _rollback(row)
+                return Rollback.of(row)
             cursor = db.execute(
                 "INSERT INTO rollbacks (created, target, status) VALUES (?, ?, 'queued')", (time.time(), target)
             )
-            return _rollback(db.execute("SELECT * FROM rollbacks WHERE id = ?", (cursor.lastrowid,)).fetchone())
+            return Rollback.of(db.execute("SELECT * FROM rollbacks WHERE id = ?", (cursor.lastrowid,)).fetchone())
 
     def rollback(self, id: int) -> Rollback | None:
         rows = self._rows("SELECT * FROM rollbacks WHERE id = ?", id)
-        return _rollback(rows[0]) if rows else None
+        return Rollback.of(rows[0]) if rows else None
 
     def open_rollbacks(self) -> list[Rollback]:
         rows = self._rows("SELECT * FROM rollbacks WHERE status IN ('queued', 'running') ORDER BY id")
-        return [_rollback(r) for r in rows]
+        return [Rollback.of(r) for r in rows]
 
     def update_rollback(
         self, id: int, status: JobStatus, version: int | None = None, reason: str | None = None
@@ -407,17 +247,3 @@ class Store:
     def change_counter(self) -> int:
         """Grows whenever another process has committed a change; cheap enough to ask ten times a second."""
         return int(self._rows("PRAGMA data_version")[0][0])
-
-
-def _feedback(r: sqlite3.Row) -> Feedback:
-    return Feedback(r["id"], r["created"], r["kind"], json.loads(r["payload"]), r["status"], r["reason"], r["version"])
-
-
-def _version(r: sqlite3.Row) -> Version:
-    return Version(
-        r["id"], r["kind"], r["status"], r["parent"], r["target"], r["created"], r["sha256"], json.loads(r["report"])
-    )
-
-
-def _rollback(r: sqlite3.Row) -> Rollback:
-    return Rollback(r["id"], r["created"], r["target"], r["status"], r["version"], r["reason"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx2
 
-from insitu.live import source
+from insitu.live import packaged, source
 from insitu.live.config import ServeConfig
 from insitu.live.keeper import LearnerKeeper
 from insitu.live.keys import Keys, load_keys
@@ -42,7 +42,7 @@ class VLLMServer:
                 "--engine vllm needs vLLM in this environment; see docs/guide/vllm.md, or leave --engine out"
             )
         self.config = config
-        self.model_name = model if model == source.SMOLLM2 else Path(model).name
+        self.model_name = model if model == packaged.SMOLLM2 else Path(model).name
         self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
         self._lock = lock(self.state_dir / "server.lock", self.state_dir)
         with bind(config.host, config.port) as listener:  # a port in use is told at once; vLLM binds it again

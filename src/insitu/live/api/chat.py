@@ -14,9 +14,9 @@ from insitu.data.chat import encode_prompt
 from insitu.live.api import stream
 from insitu.live.api.auth import Caller, caller_of
 from insitu.live.api.errors import ApiError
-from insitu.live.api.generation import Answer, Piece, TextToken
+from insitu.live.api.generation import Answer, Piece, TextToken, begin
 from insitu.live.api.schema import ChatRequest
-from insitu.live.api.serving import Serving, check_stream_options, finite, usage, version_header
+from insitu.live.api.serving import Serving, check_stream_options, finite, usage, version_header, wants_usage
 from insitu.live.engines.base import SamplingParams
 
 # A chat client that names no limit gets this much, or what the context has left.
@@ -98,14 +98,9 @@ async def _complete(serving: Serving, turn: _Turn) -> Response:
 
 
 async def _stream(serving: Serving, turn: _Turn) -> Response:
-    """Returns at the first token, when its version is known and the request cannot fail for its own faults any more."""
     answer = Answer()
     pieces = _pieces(serving, turn, answer)
-    try:
-        first = await anext(pieces, None)
-    except BaseException:
-        await pieces.aclose()
-        raise
+    first = await begin(pieces)
     events = _events(serving, turn, answer, pieces, first)
     return stream.EventStream(events, pieces, version_header(answer.versions[:1]))
 
@@ -114,10 +109,9 @@ async def _events(
     serving: Serving, turn: _Turn, answer: Answer, pieces: AsyncGenerator[Piece], first: Piece | None
 ) -> AsyncGenerator[dict[str, Any]]:
     head = _head(serving, turn, "chat.completion.chunk")
-    options = turn.request.stream_options
-    with_usage = options is not None and bool(options.include_usage)
+    with_usage = wants_usage(turn.request)
     if with_usage:
-        head["usage"] = None  # every chunk but the last
+        head["usage"] = None
 
     def chunk(delta: dict[str, Any], tokens: list[TextToken], finish_reason: str | None = None) -> dict[str, Any]:
         logprobs = _logprobs(serving, turn, tokens)

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from insitu.live.api import stream
 from insitu.live.api.auth import Caller, caller_of
 from insitu.live.api.errors import ApiError
-from insitu.live.api.generation import Answer, Piece, TextToken
+from insitu.live.api.generation import Answer, Piece, TextToken, begin
 from insitu.live.api.schema import CompletionRequest
-from insitu.live.api.serving import Serving, check_stream_options, finite, usage, version_header
+from insitu.live.api.serving import Serving, check_stream_options, finite, usage, version_header, wants_usage
 from insitu.live.engines.base import SamplingParams, Token
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -116,11 +116,7 @@ async def _stream(serving: Serving, job: _Job) -> Response:
     answer = Answer()
     echoed, shown = await _echo(serving, job, answer)
     pieces = _pieces(serving, job, answer)
-    try:
-        first = await anext(pieces, None)
-    except BaseException:
-        await pieces.aclose()
-        raise
+    first = await begin(pieces)
     events = _events(serving, job, answer, (echoed, shown), pieces, first)
     return stream.EventStream(events, pieces, version_header(answer.versions[:1]))
 
@@ -134,8 +130,7 @@ async def _events(
     first: Piece | None,
 ) -> AsyncGenerator[dict[str, Any]]:
     head = _head(serving, job)
-    options = job.request.stream_options
-    with_usage = options is not None and bool(options.include_usage)
+    with_usage = wants_usage(job.request)
     if with_usage:
         head["usage"] = None
     echoed, shown = echo

@@ -12,9 +12,7 @@ from insitu.live.api.auth import Caller, learn_key
 from insitu.live.api.errors import ApiError
 from insitu.live.api.schema import Correction, FeedbackRequest, as_text
 from insitu.live.api.serving import Serving
-from insitu.live.store import Feedback, IdInUseError
-
-Kind = Literal["messages", "continuation"]
+from insitu.live.records import Feedback, FeedbackKind, IdInUseError
 
 
 def feedback_router(serving: Serving) -> APIRouter:
@@ -54,7 +52,7 @@ def describe(item: Feedback) -> dict[str, Any]:
     }
 
 
-async def _payload(serving: Serving, body: FeedbackRequest, caller: Caller) -> tuple[Kind, dict[str, Any]]:
+async def _payload(serving: Serving, body: FeedbackRequest, caller: Caller) -> tuple[FeedbackKind, dict[str, Any]]:
     """What goes into the store, once it is sure that the learner can encode it."""
     freeze = {"freeze_context": True} if body.freeze_context else {}
     match _form(body):

@@ -116,6 +116,16 @@ class Answer:
             yield Piece(rest, waiting)
 
 
+async def begin(pieces: AsyncGenerator[Piece]) -> Piece | None:
+    """The first piece, if there is one: with it the version is known, and the request cannot fail for its own faults any more.
+    If it fails until then, ``pieces`` is closed."""
+    try:
+        return await anext(pieces, None)
+    except BaseException:
+        await pieces.aclose()
+        raise
+
+
 def _take(waiting: list[TextToken], end: int) -> list[TextToken]:
     """Remove and return the tokens that begin before ``end``."""
     taken = [item for item in waiting if item.offset < end]

@@ -14,7 +14,7 @@ from insitu.live.api.auth import learn_key
 from insitu.live.api.errors import ApiError
 from insitu.live.api.schema import RollbackRequest
 from insitu.live.api.serving import Serving
-from insitu.live.store import Rollback, Version
+from insitu.live.records import Rollback, Version
 
 _POLL_SECONDS = 0.1
 

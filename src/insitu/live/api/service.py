@@ -4,11 +4,12 @@ The routes know this interface only, so the same routers serve inside another se
 over a socket.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 
-from insitu.live.store import Completion, Feedback, Rollback, Store, Version
+from insitu.live.records import Completion, Feedback, FeedbackKind, Rollback, Version
+from insitu.live.store import Store
 
 
 class LiveService(Protocol):
@@ -19,7 +20,7 @@ class LiveService(Protocol):
     async def completion(self, id: str) -> Completion | None: ...
 
     async def add_feedback(
-        self, kind: Literal["messages", "continuation"], payload: dict[str, Any], id: str | None = None
+        self, kind: FeedbackKind, payload: dict[str, Any], id: str | None = None
     ) -> tuple[Feedback, bool]: ...
 
     async def feedback(self, id: str) -> Feedback | None: ...
@@ -50,7 +51,7 @@ class LocalService:
         return await run_in_threadpool(self._store.completion, id)
 
     async def add_feedback(
-        self, kind: Literal["messages", "continuation"], payload: dict[str, Any], id: str | None = None
+        self, kind: FeedbackKind, payload: dict[str, Any], id: str | None = None
     ) -> tuple[Feedback, bool]:
         return await run_in_threadpool(self._store.add_feedback, kind, payload, id)
 

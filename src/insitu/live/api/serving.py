@@ -14,7 +14,7 @@ from insitu.live.api.generation import Answer
 from insitu.live.api.service import LiveService
 from insitu.live.engines.base import Engine, SamplingParams, Token
 from insitu.live.keys import Keys
-from insitu.live.store import Completion
+from insitu.live.records import Completion
 
 _LOG = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -92,6 +92,11 @@ class Serving:
 def check_stream_options(request: Any) -> None:
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
+
+
+def wants_usage(request: Any) -> bool:
+    """Whether a stream ends with a chunk that has the usage and no choice; every other chunk then says ``usage: null``."""
+    return request.stream_options is not None and bool(request.stream_options.include_usage)
 
 
 def usage(num_prompt: int, answer: Answer) -> dict[str, int]:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from insitu.live.api.service import LiveService
 from insitu.live.api.serving import VERSION_HEADER
 from insitu.live.keys import digest
-from insitu.live.store import Completion
+from insitu.live.records import Completion
 
 log = logging.getLogger("insitu.vllm")
 

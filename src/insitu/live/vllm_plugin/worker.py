@@ -88,6 +88,10 @@ class WeightClient:
         self.pid = int(message["pid"])
         self.aliases: dict[str, str] = {str(k): str(v) for k, v in dict(message["aliases"]).items()}
 
+    def close(self) -> None:
+        self._socket.close()
+        self.arena.close()
+
     def refresh(self) -> int:
         """Recompute derived tensors; raises RefusedError with the worker's reason, ConnectionError when it is gone."""
         handles.send(self._socket, {"do": "refresh"})

@@ -1,0 +1,84 @@
+"""What the store remembers, as the rest of the program sees it, and how a row of the database becomes that."""
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+FeedbackKind = Literal["messages", "continuation"]
+FeedbackStatus = Literal["queued", "training", "applied", "refused", "rolled_back"]
+VersionKind = Literal["base", "teach", "rollback"]
+VersionStatus = Literal["reserved", "committed", "refused", "lost"]
+JobStatus = Literal["queued", "running", "done", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """One thing to learn from. ``kind`` is ``messages`` (payload ``{"messages": [...]}``) or ``continuation`` (payload
+    ``{"context_ids": [...], "continuation_ids": [...]}``). ``version`` is set once a job has taken it up."""
+
+    id: str
+    created: float
+    kind: FeedbackKind
+    payload: dict[str, Any]
+    status: FeedbackStatus
+    reason: str | None
+    version: int | None
+
+    @classmethod
+    def of(cls, r: sqlite3.Row) -> Self:
+        return cls(r["id"], r["created"], r["kind"], json.loads(r["payload"]), r["status"], r["reason"], r["version"])
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of the weights; ``report`` holds the figures of the job that made (or failed to make) it."""
+
+    id: int
+    kind: VersionKind
+    status: VersionStatus
+    parent: int | None
+    target: int | None
+    created: float
+    sha256: str | None
+    report: dict[str, Any]
+
+    @classmethod
+    def of(cls, r: sqlite3.Row) -> Self:
+        report = json.loads(r["report"])
+        return cls(r["id"], r["kind"], r["status"], r["parent"], r["target"], r["created"], r["sha256"], report)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """A request to serve the bytes of ``target`` again; ``version`` is the version that came of it."""
+
+    id: int
+    created: float
+    target: int
+    status: JobStatus
+    version: int | None
+    reason: str | None
+
+    @classmethod
+    def of(cls, r: sqlite3.Row) -> Self:
+        return cls(r["id"], r["created"], r["target"], r["status"], r["version"], r["reason"])
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was answered, so that a correction can name it. ``key`` is a digest, never the key."""
+
+    id: str
+    key: str
+    messages: list[dict[str, Any]]
+    text: str
+    weight_version: str
+
+    @classmethod
+    def of(cls, r: sqlite3.Row) -> Self:
+        return cls(r["id"], r["key"], json.loads(r["messages"]), r["text"], r["weight_version"])
+
+
+class IdInUseError(ValueError):
+    """A feedback id was used before with other content."""
