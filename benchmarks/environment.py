@@ -8,9 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
-def environment() -> dict[str, Any]:
-    """Command, commit (with a mark if the tree has changes), versions, hardware."""
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Command, commit (with a mark if the tree has changes), versions (of ``packages`` too), hardware."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -29,7 +31,9 @@ def environment() -> dict[str, Any]:
         "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD") + (" with changes" if changed else ""),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors", "numpy")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors", "numpy", *packages)
+        },
         "hardware": {
             "cpu": cpu,
             "cores": os.cpu_count(),
