@@ -217,7 +217,7 @@ def part_kills(base: Path, kills: int) -> dict[str, Any]:
                 live = client.get("/v1/live")
                 versions = {v["id"]: v for v in client.get("/v1/live/versions")["data"]}
                 weights = WeightClient(state_dir / "run")
-                exact = weights.arena.sha256() == versions[live["head"]]["sha256"]
+                exact = weights.arena().sha256() == versions[live["head"]]["sha256"]
                 weights.close()
                 rows.append(
                     {"victim": victim, "in": live["weight_version"], "repaired_seconds": noticed, "exact": exact}

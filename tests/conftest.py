@@ -10,8 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-# vLLM needs an environment of its own (make vllm-env); its tests are run there, by make test-vllm.
-collect_ignore = [] if find_spec("vllm") else ["vllm"]
+# vLLM needs an environment of its own (make vllm-env); its tests are run there, by make test-vllm. tests/gpu needs a GPU.
+collect_ignore = [*([] if find_spec("vllm") else ["vllm"]), *([] if torch.cuda.is_available() else ["gpu"])]
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gc
 import hashlib
+import math
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from insitu.live.weights import handles
-from insitu.live.weights.arena import DTYPES, NAME, PAGE, Arena, Header, plan, resident
+from insitu.live.weights.arena import DTYPES, NAME, PAGE, Arena, Slot, plan, resident
+from insitu.live.weights.header import Header
 
 # Odd sizes, a scalar, exactly one page, one element more than a page.
 MIXED = [
@@ -93,7 +96,7 @@ def test_nobody_can_resize_the_memory(arena: Arena, change: int) -> None:
 def test_memory_that_could_be_resized_is_refused(arena: Arena, seals: int) -> None:
     fd = memory(arena.num_bytes, seals)
     with pytest.raises(ValueError, match="not sealed"):
-        Arena(fd, arena.slots)
+        Arena(fd, arena.slots, arena.num_bytes)
     os.close(fd)
 
 
@@ -101,19 +104,58 @@ def test_a_file_in_the_place_of_sealed_memory_is_refused(arena: Arena) -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(arena.num_bytes)
         with pytest.raises(ValueError, match="not sealed"):
-            Arena(file.fileno(), arena.slots)
+            Arena(file.fileno(), arena.slots, arena.num_bytes)
 
 
 @pytest.mark.parametrize("change", [-PAGE, -1, 1, PAGE])
 def test_memory_of_another_size_is_refused(arena: Arena, change: int) -> None:
     fd = memory(arena.num_bytes + change, SEAL | SHRINK | GROW)
     with pytest.raises(ValueError, match="not the same model"):
-        Arena(fd, arena.slots)
+        Arena(fd, arena.slots, arena.num_bytes)
     os.close(fd)
 
 
+def test_slots_may_leave_bytes_out_but_not_reach_beyond_the_memory(arena: Arena) -> None:
+    last = arena.slots[-1]
+    some = Arena(os.dup(arena.fd), arena.slots[1:3], arena.num_bytes)
+    assert some.num_bytes == arena.num_bytes
+    assert list(some.views()) == ["scalar", "page"]
+    some.close()
+    assert last.offset + PAGE == arena.num_bytes
+    Arena(arena.fd, [Slot("to the end", last.offset, "float32", (1024,))], arena.num_bytes)
+    for slot in (Slot("far", last.offset, "float32", (1025,)), Slot("far", arena.num_bytes, "float16", ())):
+        end = slot.offset + slot.num_bytes
+        with pytest.raises(ValueError, match=f"ends at byte {end} of an arena of {arena.num_bytes}"):
+            Arena(arena.fd, [slot], arena.num_bytes)
+
+
+def test_the_last_slot_need_not_be_the_one_that_ends_last(arena: Arena) -> None:
+    backwards = list(reversed(arena.slots))
+    other = Arena(os.dup(arena.fd), backwards, arena.num_bytes)
+    assert other.sha256() == arena.sha256()
+    other.close()
+    with pytest.raises(ValueError, match="not the same model"):
+        Arena(arena.fd, backwards, backwards[-1].offset + PAGE)
+
+
+def test_renamed_is_the_same_memory_under_other_names_and_borders(arena: Arena) -> None:
+    page = next(slot for slot in arena.slots if slot.name == "page")
+    halves = [Slot("upper", page.offset, "bfloat16", (1024,)), Slot("lower", page.offset + 2048, "bfloat16", (1024,))]
+    other = arena.renamed(halves)
+    arena.views()["page"].copy_(torch.arange(2048).view(2, 1024))
+    assert list(other.views()) == ["upper", "lower"]
+    assert torch.equal(other.views()["upper"], arena.views()["page"][0])
+    other.views()["lower"][5] = -3
+    assert arena.views()["page"][1, 5] == -3
+    assert [slot.name for slot in arena.slots] == [name for name, *_ in MIXED]  # the first one kept its own
+    arena.stamp(4, 2)
+    assert other.header == arena.header
+    assert (other.fd, other.num_bytes) == (arena.fd, arena.num_bytes)
+    assert other.holds(arena.views()["odd"])
+
+
 def test_what_is_stamped_is_what_another_mapping_reads(arena: Arena) -> None:
-    other = Arena(os.dup(arena.fd), arena.slots)
+    other = Arena(os.dup(arena.fd), arena.slots, arena.num_bytes)
     epoch = arena.header.epoch
     assert other.header == Header(epoch, version=0, step=0, writer=0)
     for version, step, label in ((12, 3, "12+3"), (2**40, 0, str(2**40)), (13, 0, "13")):
@@ -141,18 +183,37 @@ def test_each_arena_has_an_epoch_of_its_own() -> None:
 
 
 def test_memory_without_the_mark_of_an_arena_has_no_header(arena: Arena) -> None:
-    stranger = Arena(memory(arena.num_bytes, SEAL | SHRINK | GROW), arena.slots)
+    stranger = Arena(memory(arena.num_bytes, SEAL | SHRINK | GROW), arena.slots, arena.num_bytes)
     with pytest.raises(ValueError, match="magic"):
         _ = stranger.header
     stranger.close()
 
 
-def test_sha256_is_that_of_all_tensors_bytes_in_order(arena: Arena) -> None:
-    expected = hashlib.sha256()
+def test_sha256_is_that_of_all_tensors_bytes_in_the_order_of_their_names(arena: Arena) -> None:
     for view in arena.views().values():
         view.view(-1).view(torch.uint8).random_(0, 256)
+    expected = hashlib.sha256()
+    for _, view in sorted(arena.views().items()):
         expected.update(view.reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert [name for name, _ in sorted(arena.views().items())] != list(arena.views())  # the two orders differ here
     assert arena.sha256() == expected.hexdigest()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.permutations(MIXED), st.integers(0, 2**31))
+def test_sha256_is_the_same_for_any_layout_of_the_same_tensors(order: list[Any], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    content = {n: torch.randint(0, 256, (math.prod(s) * d.itemsize,), generator=draw) for n, d, s in MIXED}
+    arenas = [Arena.create(plan(tensors)) for tensors in (MIXED, order)]
+    for arena in arenas:
+        for name, view in arena.views().items():
+            view.view(-1).view(torch.uint8).copy_(content[name])
+    one, other = (arena.sha256() for arena in arenas)
+    assert one == other
+    arenas[1].views()["odd"].view(-1).view(torch.uint8)[0] ^= 1
+    assert arenas[1].sha256() != one
+    for arena in arenas:
+        arena.close()
 
 
 def test_sha256_changes_with_any_one_bit_of_any_tensor_and_with_nothing_else(arena: Arena) -> None:
@@ -231,7 +292,7 @@ def test_two_processes_hold_one_copy_and_see_each_others_writes_at_once(tmp_path
     with listener, subprocess.Popen([sys.executable, "-c", _OTHER_PROCESS, str(path)]) as process:
         line, _ = listener.accept()
         with line:
-            handles.send(line, handles.manifest(arena), arena.fd)
+            handles.send(line, arena.manifest(), arena.fd)
             handles.receive(line)
             weight[0, 0] = 42.0
             handles.send(line, {"do": "look"})

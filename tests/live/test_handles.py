@@ -256,7 +256,7 @@ def test_the_descriptor_that_arrives_is_the_same_memory(
     line: tuple[socket.socket, socket.socket], arena: Arena
 ) -> None:
     ours, theirs = line
-    handles.send(theirs, handles.manifest(arena), arena.fd)
+    handles.send(theirs, arena.manifest(), arena.fd)
     message, fd = handles.receive(ours, want_fd=True)
     assert fd is not None
     assert fd != arena.fd
@@ -316,7 +316,6 @@ BAD_LAYOUTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "far past the end": _slot(2, offset=2**62),
     "reaches past the end": _slot(2, shape=[2**20]),
     "more bytes than a machine has": _slot(2, shape=[2**62, 2**62, 2**62]),
-    "ends too early": lambda message: message["slots"].pop() and None,
     "a dimension of 0": _slot(1, shape=[0]),
     "a negative dimension": _slot(1, shape=[-1, -1100]),
     "true as dimension": _slot(2, shape=[True, 2]),
@@ -338,16 +337,40 @@ BAD_LAYOUTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "another format": lambda message: message.update(format=2),
     "no format": lambda message: message.pop("format") and None,
     "another device": lambda message: message.update(device="cuda"),
+    "no size": lambda message: message.pop("num_bytes") and None,
+    "nothing as size": lambda message: message.update(num_bytes=None),
+    "true as size": lambda message: message.update(num_bytes=True),
+    "a float as size": lambda message: message.update(num_bytes=20480.0),
+    "text as size": lambda message: message.update(num_bytes="20480"),
+    "a size of 0": lambda message: message.update(num_bytes=0),
+    "a negative size": lambda message: message.update(num_bytes=-20480),
+    "a size that ends in the last slot": lambda message: message.update(num_bytes=16386),
+    "a size less than the memory's": lambda message: message.update(num_bytes=16388),
+    "a size more than the memory's": lambda message: message.update(num_bytes=20480 + PAGE),
+    "a size more than a machine has": lambda message: message.update(num_bytes=2**70),
 }
 
 
 @pytest.mark.parametrize("damage", BAD_LAYOUTS.values(), ids=BAD_LAYOUTS.keys())
 def test_a_bad_layout_is_refused(arena: Arena, damage: Callable[[dict[str, Any]], None]) -> None:
-    message = json.loads(json.dumps(handles.manifest(arena)))
+    message = json.loads(json.dumps(arena.manifest()))
     handles.open_arena(message, arena.fd)  # good until then
     damage(message)
-    with pytest.raises(ValueError, match=r"slot|arena|handle|tensor"):
+    with pytest.raises(ValueError, match=r"slot|arena|handle|tensor|num_bytes"):
         handles.open_arena(message, arena.fd)
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+def test_bytes_that_belong_to_no_slot_are_allowed_anywhere(arena: Arena, left_out: int) -> None:
+    message = json.loads(json.dumps(arena.manifest()))
+    del message["slots"][left_out]
+    other = handles.open_arena(message, os.dup(arena.fd))
+    assert other.num_bytes == arena.num_bytes == 20480
+    assert [slot.name for slot in other.slots] == [name for i, name in enumerate("abc") if i != left_out]
+    for name, view in other.views().items():
+        arena.views()[name].fill_(5)
+        assert (view == 5).all()
+    other.close()
 
 
 gaps = st.sampled_from([0, 0, 0, 2, 4, 60, 1, -1, -2, -4, -PAGE])
@@ -372,7 +395,7 @@ def test_a_layout_is_accepted_exactly_if_its_slots_lie_apart_behind_the_header(
     try:
         os.ftruncate(fd, max(whole, 0))
         fcntl.fcntl(fd, 1033, 7)  # sealed, so that only the layout can be what is wrong
-        message = {"format": 1, "device": "cpu", "slots": slots}
+        message = {"format": 1, "device": "cpu", "num_bytes": whole, "slots": slots}
         if not sound:
             with pytest.raises(ValueError, match=r"slot|arena"):
                 handles.open_arena(message, fd)

@@ -15,17 +15,30 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from insitu.live.engines.base import Engine, PublishReport, SamplingParams
 from insitu.live.weights import handles
 from insitu.live.weights.arena import Arena
+from insitu.live.weights.header import Header
 
 _GRACE_SECONDS = 5.0  # for a learner that closed its connection to end by itself, before it is killed
 
 
 class ControlError(RuntimeError):
     """The server refused a command; the message is its reason."""
+
+
+class Weights(Protocol):
+    """What the server must have of the weights to hand them out: the arena itself, or the line to the process that has it."""
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def header(self) -> Header: ...
+
+    def manifest(self) -> dict[str, Any]: ...
 
 
 class ControlServer:
@@ -37,12 +50,18 @@ class ControlServer:
     """
 
     def __init__(
-        self, engine: Engine, arena: Arena, path: Path, on_writer_gone: Callable[[bool], None], *, proven: bool = True
+        self,
+        engine: Engine,
+        weights: Weights,
+        path: Path,
+        on_writer_gone: Callable[[bool], None],
+        *,
+        proven: bool = True,
     ) -> None:
         self._engine = engine
         self.proven = proven
         self.refusal: str | None = None
-        self._arena = arena
+        self._weights = weights
         self._on_writer_gone = on_writer_gone
         self._listener = handles.listen(path)
         self._thread = threading.Thread(target=self._accept, name="insitu-control", daemon=True)
@@ -100,8 +119,7 @@ class ControlServer:
             try:
                 message, _ = handles.receive(connection)
                 if message.get("do") == "attach":
-                    facts = {**handles.manifest(self._arena), "proven": self.proven}
-                    handles.send(connection, facts, self._arena.fd)
+                    handles.send(connection, {**self._weights.manifest(), "proven": self.proven}, self._weights.fd)
                 else:
                     handles.send(connection, self._obey(message))
             except (ConnectionError, handles.HandleError):
@@ -122,7 +140,7 @@ class ControlServer:
                     self.paused = True
                     return {}
                 case {"do": "publish"}:
-                    header = self._arena.header
+                    header = self._weights.header
                     if header.writer:
                         raise ValueError("the header still says that a write is going on; stamp it before publishing")
                     return asdict(self._engine.publish(header.label))

@@ -35,7 +35,7 @@ class Guard:
         self._model = model
         # Two halves that take turns: serving stands still while an update is judged.
         halves = [canaries[0::2], canaries[1::2]] if len(canaries) > 1 else [canaries]
-        self._batches = [collate(half, pad_token_id) for half in halves]
+        self._batches = [collate(half, pad_token_id, device=model.device) for half in halves]
         self._references = [reference_logprobs(model, batch) for batch in self._batches]
         self._max_kl = max_kl
         self._turn = 0

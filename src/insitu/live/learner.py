@@ -248,7 +248,9 @@ class Learner:
     def _gap(self, canary: Example) -> float:
         served = self.engine.score(canary.input_ids)
         whole = Example(canary.input_ids, [False] + [True] * (len(canary.input_ids) - 1))
-        computed = target_logprobs(self.model, collate([whole], self.pad_token_id))[0].tolist()
+        computed = target_logprobs(self.model, collate([whole], self.pad_token_id, device=self.model.device))[
+            0
+        ].tolist()
         return gap(served, computed)
 
     def _serve_as(self, version: int) -> None:

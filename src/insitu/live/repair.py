@@ -1,29 +1,32 @@
 """What a learner left behind when its process ended."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from insitu.live.engines.base import Engine
-from insitu.live.versions import Versions
-from insitu.live.weights.arena import Arena
+from insitu.live.weights.header import Header
 
 log = logging.getLogger("insitu.server")
 
 
-def repair(engine: Engine, arena: Arena, versions: Versions, aliases: Mapping[str, str], paused: bool) -> None:
-    """Undo what was not committed, and let requests go on. ``paused`` says that the learner had paused the engine.
+def repair(engine: Engine, header: Header, head: int, restore: Callable[[], None], paused: bool) -> None:
+    """Undo what was not committed, and let requests go on.
+
+    Args:
+        engine: whose requests wait, if the learner had paused it.
+        header: what the arena says.
+        head: the last committed version.
+        restore: makes the arena that version again.
+        paused: the learner had paused the engine.
 
     Raises whatever stands in the way; the engine is then still paused, because nothing is known of its weights.
     """
-    header = arena.header
-    head = versions.store.head()
-    assert head is not None
     if header.writer or header.step or header.version != head:
         log.warning("the learner died in %s; restoring version %d", header.label, head)
         if not paused:
             engine.pause()
             paused = True
-        versions.restore(head, arena, aliases)
-        engine.publish(arena.header.label)
+        restore()
+        engine.publish(str(head))
     if paused:
         engine.resume()

@@ -94,7 +94,13 @@ class Server:
     def _repair(self, paused: bool) -> None:
         """A learner's process has ended: undo what it did not commit, and let requests go on."""
         try:
-            repair(self.engine, self.arena, self.versions, self._aliases, paused)
+            head = self.store.head()
+            assert head is not None
+
+            def restore() -> None:
+                self.versions.restore(head, self.arena, self._aliases)
+
+            repair(self.engine, self.arena.header, head, restore, paused)
         except Exception as error:  # nobody may be answered from weights of which nothing is known
             self.failure = f"the last committed version could not be restored: {error}"
             log.critical("%s; stopping", self.failure)

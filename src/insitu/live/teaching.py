@@ -53,14 +53,20 @@ class TeachingRun:
         self.config = config
         self._targets = sum(sum(e.loss_mask) for e in examples)
         self._batches = [
-            (collate(part, pad_token_id), part[0].freeze_context, sum(sum(e.loss_mask) for e in part))
+            (
+                collate(part, pad_token_id, device=model.device),
+                part[0].freeze_context,
+                sum(sum(e.loss_mask) for e in part),
+            )
             for group in (False, True)
             for part in _split([e for e in examples if e.freeze_context is group])
         ]
         # Before the first step: what the model said then is what it is held to.
         self._anchors = [
             (batch, reference_logprobs(model, batch))
-            for batch in (collate(part, pad_token_id) for part in _chunks(anchors, config.anchors_per_step))
+            for batch in (
+                collate(part, pad_token_id, device=model.device) for part in _chunks(anchors, config.anchors_per_step)
+            )
             if config.anchor_weight
         ]
         self._optimizer = make_optimizer(model, config)

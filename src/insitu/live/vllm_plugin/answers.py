@@ -8,6 +8,7 @@ writes them where the embedded server has them: the header ``x-weight-version``,
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, MutableMapping
+from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,14 +54,15 @@ class _NotingClient:
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         note = _NOTE.get()
-        async for output in self._client.generate(*args, **kwargs):
-            if note is not None:
-                for choice in output.outputs:
-                    note.spans += [
-                        {"index": choice.index, "version": span.version, "start": span.start, "end": span.end}
-                        for span in choice.weight_versions or ()
-                    ]
-            yield output
+        async with aclosing(self._client.generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                if note is not None:
+                    for choice in output.outputs:
+                        note.spans += [
+                            {"index": choice.index, "version": span.version, "start": span.start, "end": span.end}
+                            for span in choice.weight_versions or ()
+                        ]
+                yield output
 
 
 def note_spans(state: Any, client: Any) -> None:
@@ -132,12 +134,12 @@ class _Answer:
             self._start = message
             self._stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
         elif message["type"] == "http.response.body":
-            body = self._events(message["body"]) if self._stream else self._whole(message)
+            body = self._events(message.get("body", b"")) if self._stream else self._whole(message)
             if self._start is not None:
                 start, self._start = self._start, None
                 headers = MutableHeaders(raw=start["headers"])
                 headers[VERSION_HEADER] = ",".join(self.note.versions) or self._version()
-                if "content-length" in headers:
+                if "content-length" in headers and not message.get("more_body"):
                     headers["content-length"] = str(len(body))
                 await self._send(start)
             await self._send({**message, "body": body})

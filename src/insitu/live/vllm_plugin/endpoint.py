@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from insitu.live.api import errors
@@ -28,7 +27,6 @@ from insitu.live.engines.vllm import VLLMEngine
 from insitu.live.keys import load_keys
 from insitu.live.repair import repair
 from insitu.live.store import Store
-from insitu.live.versions import Versions
 from insitu.live.vllm_plugin import LOAD_FORMAT
 from insitu.live.vllm_plugin.answers import Answers, note_spans
 from insitu.live.vllm_plugin.gate import Gate
@@ -62,9 +60,7 @@ class Endpoint:
             )
         self.state_dir = handles.private_directory(default_state_dir().expanduser().resolve())
         self.weights = WeightClient(self.state_dir / "run")  # the engine is up: vLLM builds the application after it
-        self.arena = self.weights.arena
         self.store = Store(self.state_dir / "insitu.db")
-        self.versions = Versions(self.state_dir, Path(args.model).resolve(), self.store)
         keys = load_keys(self.state_dir)
         given = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
         if given and not {keys.api, keys.learn} <= set(given):
@@ -74,7 +70,7 @@ class Endpoint:
             )
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
         name = (args.served_model_name or [args.model])[0]
-        self.engine = VLLMEngine(EngineInfo(name, 0, ()), self.arena.header.label)
+        self.engine = VLLMEngine(EngineInfo(name, 0, ()), self.weights.header.label)
         service = LocalService(self.store)
         serving = Serving(self.engine, service, tokenizer, Detokenizer(tokenizer), keys, int(time.time()))
         errors.install(app)
@@ -97,7 +93,7 @@ class Endpoint:
         await self.engine.bind(engine_client, self.weights)
         note_spans(state, engine_client)
         self.control = ControlServer(
-            self.engine, self.arena, self.state_dir / "run" / "engine.sock", self._repair, proven=False
+            self.engine, self.weights, self.state_dir / "run" / "engine.sock", self._repair, proven=False
         )
         self.control.start()
 
@@ -113,14 +109,16 @@ class Endpoint:
 
     def _repair(self, paused: bool) -> None:
         try:
-            repair(self.engine, self.arena, self.versions, self.weights.aliases, paused)
+            head = self.store.head()
+            assert head is not None
+            repair(self.engine, self.weights.header, head, lambda: self.weights.restore(head), paused)
         except Exception:  # nobody may be answered from weights of which nothing is known
             log.exception("the last committed version could not be restored; vLLM ends")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def live_status(self) -> Mapping[str, Any]:
         """Facts of this server for GET /v1/live."""
-        control, header = self.control, self.arena.header
+        control, header = self.control, self.weights.header
         assert control is not None
         pid = control.learner_pid
         learner = "absent" if pid is None else "ready" if control.learner_ready else "attaching"
@@ -131,7 +129,7 @@ class Endpoint:
             "trial": bool(header.step or header.writer),
             **({} if control.proven else {"state": "degraded" if control.refusal else "starting"}),
             "learner": {"state": learner, "pid": pid, "refusal": control.refusal},
-            "arena": {"bytes": self.arena.num_bytes, "pid": self.weights.pid, **resident(self.weights.pid)},
+            "arena": {"bytes": self.weights.num_bytes, "pid": self.weights.pid, **resident(self.weights.pid)},
         }
 
 

@@ -42,7 +42,12 @@ class ArenaLoader(DefaultModelLoader):  # type: ignore[misc]
         if self._recorder is not None:
             raise RefusedError("insitu loads one model once; weights are replaced by training them")
         parameters = dict(model.named_parameters())
-        self.engine_arena = Arena.create(plan((name, p.dtype, p.shape) for name, p in parameters.items()))
+        slots = plan((name, p.dtype, p.shape) for name, p in parameters.items())
+        device = next(iter(parameters.values())).device
+        for parameter in parameters.values():  # nothing is in them yet, and there may be no room for both
+            parameter.data = parameter.data.new_empty(0)
+        torch.accelerator.empty_cache()
+        self.engine_arena = Arena.create(slots, device)
         self.views = self.engine_arena.views()
         for name, parameter in parameters.items():
             parameter.data = self.views[name]
@@ -51,14 +56,9 @@ class ArenaLoader(DefaultModelLoader):  # type: ignore[misc]
             super().load_weights(model, model_config)
         self._recorder.forget()
         aliases = _aliases(model, self._recorder.sources)
-        slots = layout.derive(
-            self._recorder.copies,
-            self._recorder.sources,
-            self.engine_arena.slots,
-            padded=padded(model),
-            aliases=aliases,
+        self.arena = self.engine_arena.renamed(
+            layout.derive(self._recorder.copies, self._recorder.sources, slots, padded=padded(model), aliases=aliases)
         )
-        self.arena = self.engine_arena.renamed(slots)
         self._bring_up(Path(model_config.model), aliases)
         self._aliases = aliases
         keep_plain(model)
@@ -68,7 +68,7 @@ class ArenaLoader(DefaultModelLoader):  # type: ignore[misc]
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         derived = restore_plain(model, self.views)
         self.weight_server = WeightServer(
-            self.arena, self._aliases, self.state_dir / "run", lambda: _refresh(model, self.views, derived)
+            self.arena, self.state_dir / "run", lambda: _refresh(model, self.views, derived), self._restore
         )
         _refresh(model, self.views, derived)  # whatever does not hold must be known before the first request
         self.weight_server.start()
@@ -84,11 +84,11 @@ class ArenaLoader(DefaultModelLoader):  # type: ignore[misc]
                 f"model {str(base)!r} is no directory; --load-format insitu needs the path of a local checkpoint"
             )
         self.state_dir = handles.private_directory(default_state_dir().expanduser().resolve())
-        store = Store(self.state_dir / "insitu.db")
-        try:
-            Versions(self.state_dir, base.resolve(), store).bring_up(self.arena, aliases)
-        finally:
-            store.close()
+        self._versions = Versions(self.state_dir, base.resolve(), Store(self.state_dir / "insitu.db"))
+        self._versions.bring_up(self.arena, aliases)
+
+    def _restore(self, version: int) -> None:
+        self._versions.restore(version, self.arena, self._aliases)
 
 
 def _aliases(model: torch.nn.Module, sources: Any) -> dict[str, str]:

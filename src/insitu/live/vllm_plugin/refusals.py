@@ -49,14 +49,13 @@ def check_config(vllm_config: Any, model_config: Any) -> None:
     for refused, flag, why in checks:
         if refused:
             raise RefusedError(f"{load} and {flag} do not go together: {why}; leave {flag} out")
-    if "expandable_segments:true" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "").lower():
-        raise RefusedError(
-            "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, whose memory cannot be shared; unset it"
-        )
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise RefusedError(f"{name} has expandable_segments:True, whose memory cannot be shared; unset it")
     if vllm_config.device_config.device_type == "cpu" and model_config.is_moe:
         raise RefusedError("mixture-of-experts models are packed into private copies on CPU; serve them on a GPU")
-    if vllm_config.device_config.device_type != "cpu":
-        raise RefusedError(f"device {vllm_config.device_config.device_type!r}: the arena is CPU memory in this version")
+    if vllm_config.device_config.device_type not in ("cpu", "cuda"):
+        raise RefusedError(f"device {vllm_config.device_config.device_type!r}: the arena is CPU or CUDA memory")
 
 
 def _offloads(vllm_config: Any) -> bool:

@@ -6,6 +6,7 @@ parameter on a page boundary of its own:
     | header | parameter 0 | pad | parameter 1 | pad | ...
 
 The server makes it, the learner maps the same pages. Torch sees ordinary tensors; neither process ever holds a second copy.
+On a GPU the weights are one allocation there (:mod:`insitu.live.weights.cuda`), and the memfd is page 0 alone.
 """
 
 import copy
@@ -14,20 +15,21 @@ import hashlib
 import mmap
 import os
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from insitu.live.weights import cuda
+from insitu.live.weights.header import HeaderPage
+
 PAGE = 4096
 NAME = "insitu-weights"
-_MAGIC = b"INSITU\x00\x01"
-# magic, epoch (one for each life of a server), committed version, step of the trial (0: none), writer's pid (0: no write)
-_HEADER = struct.Struct("<8s16sQQQ")
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEALS = 0x1 | 0x2 | 0x4  # SEAL, SHRINK, GROW
+_CHUNK = 64 << 20  # bytes brought to the host at a time
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -49,21 +51,6 @@ class Slot:
         return count * DTYPES[self.dtype].itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What page 0 says. ``writer`` is the pid of a process that has begun to change weights and has not said it is done."""
-
-    epoch: str
-    version: int
-    step: int
-    writer: int
-
-    @property
-    def label(self) -> str:
-        """The version as it is stamped on answers: ``"12"``, or ``"12+3"`` in a trial."""
-        return f"{self.version}+{self.step}" if self.step else str(self.version)
-
-
 def end_of(slot: Slot) -> int:
     """The page boundary behind a slot."""
     return slot.offset + -(-slot.num_bytes // PAGE) * PAGE
@@ -82,34 +69,41 @@ def plan(tensors: Iterable[tuple[str, torch.dtype, Iterable[int]]]) -> list[Slot
     return slots
 
 
-class Arena:
+class Arena(HeaderPage):
     """A mapping of the shared allocation. ``fd`` is owned by this object until :meth:`close`.
 
-    ``slots`` may leave bytes out (rows that an engine pads), so the size is said apart: ``num_bytes``.
+    ``slots`` may leave bytes out (rows that an engine pads), so the size is said apart: ``num_bytes``. ``on_device`` is the
+    memory of the weights, uint8 [num_bytes], where it is not the memfd's own.
     """
 
-    def __init__(self, fd: int, slots: list[Slot], num_bytes: int) -> None:
+    def __init__(self, fd: int, slots: list[Slot], num_bytes: int, on_device: torch.Tensor | None = None) -> None:
         self.fd = fd
         self.slots = slots
         self.num_bytes = num_bytes
         if (end := max(slot.offset + slot.num_bytes for slot in slots)) > num_bytes:
             raise ValueError(f"the layout ends at byte {end} of an arena of {num_bytes}: not the same model")
-        if (size := os.fstat(fd).st_size) != self.num_bytes:
-            raise ValueError(f"the arena has {size} bytes, its layout needs {self.num_bytes}: not the same model")
+        mapped = num_bytes if on_device is None else PAGE
+        if (size := os.fstat(fd).st_size) != mapped:
+            raise ValueError(f"the arena has {size} bytes, its layout needs {mapped}: not the same model")
+        if on_device is not None and on_device.numel() != num_bytes:
+            raise ValueError(f"the device memory has {on_device.numel()} bytes, the layout needs {num_bytes}")
         if _seals(fd) & _SEALS != _SEALS:
             raise ValueError("the arena is not sealed against resizing; refusing to map memory that can vanish")
-        self._map = mmap.mmap(fd, self.num_bytes)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        super().__init__(mmap.mmap(fd, mapped))
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8) if on_device is None else on_device
 
     @classmethod
-    def create(cls, slots: list[Slot]) -> "Arena":
+    def create(cls, slots: list[Slot], device: torch.device | str = "cpu") -> "Arena":
         """Allocate zeroed, sealed memory for ``slots`` and stamp a new epoch."""
         fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         num_bytes = end_of(slots[-1])
-        os.ftruncate(fd, num_bytes)
+        on_device = None
+        if torch.device(device).type != "cpu":
+            on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        os.ftruncate(fd, num_bytes if on_device is None else PAGE)
         fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
-        arena = cls(fd, slots, num_bytes)
-        _HEADER.pack_into(arena._map, 0, _MAGIC, os.urandom(16), 0, 0, 0)
+        arena = cls(fd, slots, num_bytes, on_device)
+        arena.found()
         return arena
 
     def renamed(self, slots: list[Slot]) -> "Arena":
@@ -122,23 +116,22 @@ class Arena:
         """Give the descriptor back. The mapping itself ends with the last tensor that looks into it."""
         os.close(self.fd)
 
-    # -- header --------------------------------------------------------------------------------------------------------
-    @property
-    def header(self) -> Header:
-        magic, epoch, version, step, writer = _HEADER.unpack_from(self._map, 0)
-        if magic != _MAGIC:
-            raise ValueError("this memory is not an insitu arena (wrong magic in its header)")
-        return Header(epoch.hex(), version, step, writer)
-
     def stamp(self, version: int, step: int = 0) -> None:
-        """The weights now are this version, or this step of a trial that started from it; no write is going on."""
-        struct.pack_into("<QQQ", self._map, 24, version, step, 0)
+        if self._bytes.is_cuda:  # what was written is still on its way
+            torch.cuda.synchronize(self._bytes.device)
+        super().stamp(version, step)
 
-    def mark_writing(self) -> None:
-        """From here until :meth:`stamp` the weights are torn: whoever finds the mark and the writer dead must restore."""
-        struct.pack_into("<Q", self._map, 40, os.getpid())
+    def manifest(self) -> dict[str, Any]:
+        """What another process must know to map the weights; goes with the descriptor, to one process each time it is made."""
+        slots = [{"name": s.name, "offset": s.offset, "dtype": s.dtype, "shape": list(s.shape)} for s in self.slots]
+        where = {"device": "cuda", "cuda": cuda.export(self._bytes)} if self._bytes.is_cuda else {"device": "cpu"}
+        return {"format": 1, **where, "num_bytes": self.num_bytes, "slots": slots}
 
     # -- weights -------------------------------------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        return self._bytes.device
+
     def view(self, slot: Slot) -> torch.Tensor:
         data = self._bytes[slot.offset : slot.offset + slot.num_bytes]
         return data.view(DTYPES[slot.dtype]).view(slot.shape)
@@ -154,10 +147,9 @@ class Arena:
     def sha256(self) -> str:
         """Of all weights in the order of their names, whatever the layout, padding left out. 0.2 s for 270 MB."""
         digest = hashlib.sha256()
-        with memoryview(self._map) as memory:
-            for slot in sorted(self.slots, key=lambda slot: slot.name):
-                with memory[slot.offset : slot.offset + slot.num_bytes] as part:
-                    digest.update(part)
+        for slot in sorted(self.slots, key=lambda slot: slot.name):
+            for part in self._bytes[slot.offset : slot.offset + slot.num_bytes].split(_CHUNK):  # type: ignore[no-untyped-call]
+                digest.update(part.cpu().numpy())
         return digest.hexdigest()
 
 

@@ -80,9 +80,11 @@ def build(model_dir: Path, arena: Arena, *, requires_grad: bool) -> Any:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not arena.holds(parameter):
             raise AttachError(f"{name!r} does not lie in the arena")
-    for name, buffer in model.named_buffers():
+    for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             raise AttachError(f"buffer {name!r} was left without data")
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(arena.device)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from insitu.live.weights import cuda
 from insitu.live.weights.arena import DTYPES, PAGE, Arena, Slot
 
 _MAX_MESSAGE = 16 << 20
@@ -134,15 +135,9 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     return b"".join(parts)
 
 
-def manifest(arena: Arena) -> dict[str, Any]:
-    """What the other process must know to map the arena; goes with its descriptor."""
-    slots = [{"name": s.name, "offset": s.offset, "dtype": s.dtype, "shape": list(s.shape)} for s in arena.slots]
-    return {"format": 1, "device": "cpu", "num_bytes": arena.num_bytes, "slots": slots}
-
-
 def open_arena(message: dict[str, Any], fd: int) -> Arena:
     """Map the arena of a manifest. Every field is checked: overlapping or misplaced slots are refused by name."""
-    if message.get("format") != 1 or message.get("device") != "cpu":
+    if message.get("format") != 1 or message.get("device") not in ("cpu", "cuda"):
         raise HandleError(f"unknown handle: format {message.get('format')!r}, device {message.get('device')!r}")
     num_bytes = message.get("num_bytes")
     if type(num_bytes) is not int:
@@ -166,4 +161,10 @@ def open_arena(message: dict[str, Any], fd: int) -> Arena:
         end = offset + slot.num_bytes
     if len({slot.name for slot in slots}) != len(slots):
         raise HandleError("the handle names a tensor twice")
-    return Arena(fd, slots, num_bytes)
+    if message["device"] == "cpu":
+        return Arena(fd, slots, num_bytes)
+    try:
+        memory = cuda.open_memory(message.get("cuda"))
+    except ValueError as error:
+        raise HandleError(str(error)) from error
+    return Arena(fd, slots, num_bytes, memory)
