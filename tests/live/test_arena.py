@@ -134,8 +134,8 @@ def test_the_last_slot_need_not_be_the_one_that_ends_last(arena: Arena) -> None:
     other = Arena(os.dup(arena.fd), backwards, arena.num_bytes)
     assert other.sha256() == arena.sha256()
     other.close()
-    with pytest.raises(ValueError, match="not the same model"):
-        Arena(arena.fd, backwards, backwards[-1].offset + PAGE)
+    with pytest.raises(ValueError, match=f"ends at byte {arena.slots[-1].offset + 28} of an arena of {2 * PAGE}"):
+        Arena(arena.fd, backwards, 2 * PAGE)
 
 
 def test_renamed_is_the_same_memory_under_other_names_and_borders(arena: Arena) -> None:

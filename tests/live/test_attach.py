@@ -22,6 +22,7 @@ K = "model.layers.0.self_attn.k_proj.weight"
 V = "model.layers.0.self_attn.v_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,41 @@ def test_an_arena_of_two_dtypes_is_refused(tiny: Path) -> None:
     arena.close()
 
 
+@pytest.mark.parametrize(
+    ("model", "arena", "fits"),
+    [
+        (torch.bfloat16, torch.float32, True),
+        (torch.float16, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.float16, False),
+        (torch.float16, torch.bfloat16, False),
+    ],
+)
+def test_a_vector_may_be_fp32_in_a_narrower_model_and_nothing_else(
+    tiny: Path, model: torch.dtype, arena: torch.dtype, fits: bool
+) -> None:
+    skeleton = attach.skeleton(tiny, model)
+    views = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in skeleton.named_parameters()}
+    views[NORM] = torch.ones(64, dtype=arena)
+    if not fits:
+        with pytest.raises(AttachError, match=rf"'{NORM}'.*{arena}.*{model}".replace("torch.", r"torch\.")):
+            attach.assign(skeleton, views, requires_grad=False)
+        return
+    attach.assign(skeleton, views, requires_grad=False)
+    assert skeleton.model.norm.weight.data_ptr() == views[NORM].data_ptr()
+    assert skeleton.model.norm.weight.dtype == arena
+
+
+def test_an_arena_whose_first_slot_is_an_fp32_vector_is_built_in_the_dtype_of_its_matrices(tiny: Path) -> None:
+    tensors = [(n, p.dtype, p.shape) for n, p in attach.skeleton(tiny, torch.bfloat16).named_parameters() if n != NORM]
+    arena = Arena.create(plan([(NORM, torch.float32, (64,)), *tensors]))
+    model = attach.build(tiny, arena, requires_grad=True)
+    assert {n for n, p in model.named_parameters() if p.dtype == torch.float32} == {NORM}
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    assert all(arena.holds(p) for p in model.parameters())
+    arena.close()
+
+
 def test_a_parameter_outside_the_arena_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arena, _ = on_arena(tiny)
     views = arena.views()
@@ -246,7 +282,7 @@ def test_a_checkpoint_whose_k_and_v_changed_places_is_refused_at_the_next_start(
     tensors = load_file(file)
     tensors[K], tensors[V] = tensors[V], tensors[K]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(VersionError, match="version 0 does not hold the bytes"):
+    with pytest.raises(VersionError, match="belongs to another model"):
         life()
 
 

@@ -237,6 +237,84 @@ def test_the_server_knows_its_learner_and_whether_it_is_ready_and_has_paused(
     assert facts() == (os.getpid(), True, False)
 
 
+# -- proof -------------------------------------------------------------------------------------------------------------
+def test_a_server_is_proven_unless_it_says_otherwise_and_the_learner_is_told(
+    world: World, client: EngineClient
+) -> None:
+    assert world.server.proven is True
+    assert client.proven is True
+    assert world.server.refusal is None
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_server_that_is_not_proven_says_so_until_a_learner_was_ready(idle: World) -> None:
+    idle.server.proven = False
+    idle.server.start()
+    for _ in range(2):  # one that goes away without a word proves nothing
+        first = EngineClient(idle.path)
+        assert first.proven is False
+        first.pause()
+        first.arena.stamp(0, 1)
+        first.publish()
+        first.resume()
+        assert idle.server.proven is False
+        first.close()
+        assert idle.gone.get(timeout=PATIENCE) is False
+    second = EngineClient(idle.path)
+    assert second.proven is False
+    second.ready()
+    assert idle.server.proven is True
+    assert second.proven is False  # what it was told when it attached
+    second.close()
+    assert idle.gone.get(timeout=PATIENCE) is False
+    third = EngineClient(idle.path)
+    assert (third.proven, idle.server.learner_ready) == (True, False)
+    idle.server.close()
+    third.close()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_refusal_is_kept_when_its_learner_ends_and_taken_back_by_one_that_is_ready(idle: World) -> None:
+    idle.server.proven = False
+    idle.server.start()
+    first = EngineClient(idle.path)
+    first.refuse("'lm_head.weight' is a private copy")
+    first.close()
+    assert idle.gone.get(timeout=PATIENCE) is False
+    assert (idle.server.refusal, idle.server.proven) == ("'lm_head.weight' is a private copy", False)
+    second = EngineClient(idle.path)
+    assert idle.server.refusal is not None  # attaching alone takes nothing back
+    second.refuse("another reason")
+    assert (idle.server.refusal, idle.server.proven, idle.server.learner_ready) == ("another reason", False, False)
+    second.ready()
+    assert (idle.server.refusal, idle.server.proven, idle.server.learner_ready) == (None, True, True)
+    assert idle.engine.calls == []  # none of this is the engine's business
+    idle.server.close()
+    second.close()
+
+
+def test_a_refusal_by_a_later_learner_does_not_unprove_the_server(world: World, client: EngineClient) -> None:
+    client.ready()
+    client.refuse("the version's file is gone")
+    assert (world.server.refusal, world.server.proven) == ("the version's file is gone", True)
+
+
+def test_a_server_of_an_earlier_insitu_that_does_not_say_is_not_proven(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = handles.send
+
+    def without(connection: socket.socket, message: dict[str, Any], fd: int | None = None) -> None:
+        send(connection, {k: v for k, v in message.items() if k != "proven"}, fd)
+
+    monkeypatch.setattr(handles, "send", without)
+    client = EngineClient(world.path)
+    assert client.proven is False
+    world.server.close()
+    client.close()
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
 def test_what_the_engine_raises_arrives_as_a_control_error_and_the_server_goes_on(
     world: World, client: EngineClient
 ) -> None:
@@ -274,6 +352,8 @@ def test_publishing_while_the_header_says_that_a_write_goes_on_is_refused(world:
         {"do": "stop"},
         {"do": None},
         {"do": ["pause"]},
+        {"do": "refuse"},
+        {"do": "refuse", "reason": 5},
         {"do": "score"},
         {"do": "score", "ids": 5},
         {"do": "generate", "prompts": [[1]]},
@@ -427,7 +507,7 @@ def test_another_users_process_gets_no_answer_and_no_descriptor(world: World, mo
 
 def test_a_handle_that_is_refused_leaves_no_descriptor_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "_outlive", lambda lease: None)
-    monkeypatch.setattr(handles, "manifest", lambda arena: {"format": 9})
+    monkeypatch.setattr(Arena, "manifest", lambda arena: {"format": 9})
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pytest.raises(handles.HandleError, match="format 9"):
         EngineClient(world.path)

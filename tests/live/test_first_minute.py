@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from insitu import demo
-from insitu.live.source import cached_smollm2
+from insitu.live.packaged import cached_smollm2
 
 
 @pytest.mark.real
@@ -29,7 +29,9 @@ def test_eight_examples_are_learned_kept_apart_and_undone(tmp_path: Path) -> Non
     assert memory["arena_private_dirty"] == 0
     # AdamW holds 8 bytes a parameter in fp32, four times these bf16 weights.
     assert memory["optimizer"] < 4 * memory["weights"] / 7
-    assert result["version"]["report"]["gap"] < 0.3
+    report = result["version"]["report"]
+    assert report["gap"] <= report["gap_before"] + 0.1
+    assert report["gap_before"] < 0.1  # both run the same kernels
 
 
 def test_the_behaviours_are_what_the_targets_speak_of() -> None:

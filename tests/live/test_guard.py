@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from tiny import make_tiny, on_arena
 
 from insitu.data.chat import Example
-from insitu.live.guard import Guard, gap
+from insitu.live.guard import MAX_GAP, Guard, gap
+from insitu.live.learner import Learner, RefusedError
 from insitu.live.weights.arena import Arena
 
 LIMIT = 1.5
@@ -108,10 +109,11 @@ def test_judging_changes_no_weight_and_keeps_to_the_jobs_start(attached: tuple[A
 @pytest.mark.parametrize(
     ("served", "computed", "expected"),
     [
-        ([], [], 0.0),
         ([-1.0, -2.0], [-1.0, -2.0], 0.0),
-        ([-1.0, -2.0, -3.0], [-1.1, -2.5, -3.2], 0.5),
+        ([-1.0, -2.0, -3.0], [-1.1, -2.4, -3.1], 0.2),
+        ([-1.0, -3.0], [-3.0, -1.0], 2.0),  # differences of either sign do not cancel
         ([-2.5], [-2.0], 0.5),
+        ([-1.0] * 9 + [-2.0], [-1.0] * 10, 0.1),  # one token far off counts for one token
         ([math.nan, -2.0], [-1.0, -2.0], math.inf),
         ([-1.0, -9.0], [math.nan, -2.0], math.inf),
         ([-9.0, math.nan, -9.0], [-1.0, -1.0, -1.0], math.inf),
@@ -119,7 +121,7 @@ def test_judging_changes_no_weight_and_keeps_to_the_jobs_start(attached: tuple[A
         ([-math.inf], [-math.inf], math.inf),
     ],
 )
-def test_the_gap_is_the_largest_difference_and_infinite_where_a_number_is_missing(
+def test_the_gap_is_the_mean_difference_and_infinite_where_a_number_is_missing(
     served: list[float], computed: list[float], expected: float
 ) -> None:
     assert gap(served, computed) == pytest.approx(expected)
@@ -128,3 +130,83 @@ def test_the_gap_is_the_largest_difference_and_infinite_where_a_number_is_missin
 def test_a_gap_between_lists_of_different_length_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"longer|shorter"):
         gap([-1.0, -2.0], [-1.0])
+
+
+# -- the audit: server and learner must go on saying the same ----------------------------------------------------------
+class Served:
+    """A server that reads the learner's own weights, and is off by ``off`` nats in every token."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.off = 0.0
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        with torch.no_grad():
+            said = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        return [float(said[at, id]) + self.off for at, id in enumerate(ids[1:])]
+
+
+def auditor(model: Any) -> tuple[Learner, Served]:
+    """As much of a learner as an audit needs."""
+    learner = object.__new__(Learner)
+    served = Served(model)
+    learner.model, learner.engine, learner.pad_token_id = model, served, 0  # type: ignore[assignment]
+    return learner, served
+
+
+def test_the_gap_is_none_on_the_same_weights_and_what_the_server_is_off_otherwise(attached: tuple[Arena, Any]) -> None:
+    learner, served = auditor(attached[1])
+    assert learner._gap(CANARIES[0].input_ids) < 1e-3
+    for served.off in (0.4, -0.4):
+        assert learner._gap(CANARIES[0].input_ids) == pytest.approx(0.4, abs=1e-3)
+    served.off = math.nan
+    assert learner._gap(CANARIES[0].input_ids) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ok"),
+    [
+        (0.0, 0.0, True),
+        (0.0, 0.09, True),
+        (0.0, 0.11, False),
+        (0.08, 0.17, True),  # what it was before is allowed, and as much again on top
+        (0.08, 0.19, False),
+        (2.0, 2.05, True),  # the job is judged for what it adds
+        (2.0, -0.5, True),
+        (0.0, math.nan, False),
+        (0.0, math.inf, False),
+        (math.inf, math.inf, False),  # a server that said nothing before is not allowed to say nothing now
+    ],
+)
+def test_the_audit_allows_what_server_and_learner_differed_by_before_the_job_and_a_little_more(
+    attached: tuple[Arena, Any], before: float, after: float, ok: bool
+) -> None:
+    assert MAX_GAP == 0.1
+    _, model = attached
+    learner, served = auditor(model)
+    guard = Guard(model, CANARIES, 0, LIMIT)
+    report = {"gap_before": before}
+    served.off = after
+    if ok:
+        learner._audit(guard, CANARIES[0], report)
+    else:
+        said = rf"disagree by .* nats per token.*limit is {before + MAX_GAP:.2f}"
+        with pytest.raises(RefusedError, match=said) as refused:
+            learner._audit(guard, CANARIES[0], report)
+        assert refused.value.figures == {"gap": report["gap"]}
+    expected = abs(after) if math.isfinite(after) else math.inf
+    assert report["gap"] == pytest.approx(expected, abs=1e-3)
+    assert 0 <= report["canary_kl"] < 1e-3
+
+
+def test_the_audit_asks_all_canaries_before_it_asks_the_server(attached: tuple[Arena, Any]) -> None:
+    arena, model = attached
+    learner, _ = auditor(model)
+    guard = Guard(model, CANARIES, 0, LIMIT)
+    add_noise(arena, 10.0)
+    report = {"gap_before": 0.0}
+    with pytest.raises(RefusedError, match="changed unrelated replies") as refused:
+        learner._audit(guard, CANARIES[0], report)
+    assert refused.value.figures == {"canary_kl": report["canary_kl"]}
+    assert report["canary_kl"] > LIMIT
+    assert "gap" not in report

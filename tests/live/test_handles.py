@@ -360,6 +360,12 @@ def test_a_bad_layout_is_refused(arena: Arena, damage: Callable[[dict[str, Any]]
         handles.open_arena(message, arena.fd)
 
 
+@pytest.mark.parametrize("size", [None, True, 20480.0, "20480", [20480]])
+def test_a_size_that_is_no_integer_is_refused_as_such(arena: Arena, size: object) -> None:
+    with pytest.raises(HandleError, match="num_bytes must be an integer"):
+        handles.open_arena({**arena.manifest(), "num_bytes": size}, arena.fd)
+
+
 @pytest.mark.parametrize("left_out", [0, 1, 2])
 def test_bytes_that_belong_to_no_slot_are_allowed_anywhere(arena: Arena, left_out: int) -> None:
     message = json.loads(json.dumps(arena.manifest()))

@@ -52,7 +52,9 @@ def test_server_and_learner_share_one_copy(client: Client) -> None:
 
     # The learner has read every weight (it checked their sum), so both have all pages.
     server, learner = (resident(pid) for pid in (client.facts["pid"], learner_pid(client)))
-    size = client.get("/v1/live")["arena"]["bytes"]
+    arena = client.get("/v1/live")["arena"]
+    assert arena["pid"] == client.facts["pid"]
+    size = arena["bytes"]
     for process in (server, learner):
         assert process["rss"] >= 0.9 * size
         assert 0.45 * process["rss"] <= process["pss"] <= 0.55 * process["rss"]
@@ -85,6 +87,9 @@ def _chat_teach_and_look(api: openai.OpenAI, client: Client) -> None:
     after = api.chat.completions.with_raw_response.create(**ask, max_tokens=8, temperature=0)
     assert after.headers["x-weight-version"] == item["weight_version"] == str(versions(client)[-1]["id"])
     assert int(item["weight_version"]) > head
+    report = versions(client)[-1]["report"]
+    assert 0 <= report["gap_before"] < 0.1  # both run the same kernels
+    assert 0 <= report["gap"] <= report["gap_before"] + 0.1
 
 
 def test_rollback_restores_every_bit_and_every_text(client: Client, model: Path) -> None:

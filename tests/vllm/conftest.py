@@ -34,3 +34,16 @@ def serve() -> Iterator[Serve]:
     os.environ.pop("PYTHONPATH")
     if before is not None:
         os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def inject(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``inject(name)``: every process of the servers that this test starts has the defect of that folder of mutants/."""
+    mutants = HERE / "mutants"
+    assert serve is not None
+
+    def put(name: str) -> None:
+        assert (mutants / name / "sitecustomize.py").exists()
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([f"{mutants / name}", f"{mutants}", os.environ["PYTHONPATH"]]))
+
+    return put

@@ -16,6 +16,7 @@ from insitu.data.batch import collate
 from insitu.data.chat import Example
 from insitu.data.loss import kl_to_reference, reference_logprobs
 
+MAX_GAP_AT_START = 0.3  # nats per token by which they may differ when a learner attaches
 MAX_GAP = 0.1  # nats per token by which server and learner may come to disagree more in the course of a job
 
 

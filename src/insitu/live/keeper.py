@@ -64,7 +64,11 @@ class LearnerKeeper:
                 if self._stopping.wait(delay):
                     return
             started = time.monotonic()
-            self._learner = self._start()
+            try:
+                self._learner = self._start()
+            except OSError as error:  # no memory to fork, no room for its log: tried again, the server goes on
+                log.error("a learner could not be started: %s", error)
+                self._stopping.wait(5.0)
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "insitu.live.learner", str(self.state_dir), json.dumps(asdict(self._teach))]

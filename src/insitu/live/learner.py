@@ -29,7 +29,7 @@ from insitu.data.loss import target_logprobs
 from insitu.live import prompts, proof
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
-from insitu.live.guard import MAX_GAP, Guard, gap
+from insitu.live.guard import MAX_GAP, MAX_GAP_AT_START, Guard, gap
 from insitu.live.records import Feedback, Rollback
 from insitu.live.store import Store
 from insitu.live.teaching import TeachingRun
@@ -75,6 +75,7 @@ class Learner:
             self._verify()
             if not engine.proven:
                 self._prove()
+            self._agree()
         except attach.AttachError as error:
             engine.refuse(str(error))
             raise
@@ -102,6 +103,14 @@ class Learner:
 
         moved = proof.probe(self.arena, last, lambda: self.engine.score(ids), expose, self.engine.pause)
         log.info("compared at %.2f GB/s; one element of %s moves the server by %.2g nats", speed / 1e9, last, moved)
+
+    def _agree(self) -> None:
+        """Server and learner say the same of the same text, as far as their kernels allow."""
+        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompts.CANARIES[0]}])
+        if not (found := self._gap(ids)) <= MAX_GAP_AT_START:
+            raise attach.AttachError(
+                f"server and learner disagree by {found:.2f} nats per token on the same text; the limit is {MAX_GAP_AT_START}"
+            )
 
     def _head(self) -> int:
         head = self.store.head()
@@ -187,7 +196,7 @@ class Learner:
         anchors = self._replies(prompts.ANCHORS, _ANCHOR_TOKENS)
         canaries = self._replies(prompts.CANARIES, _CANARY_TOKENS)
         guard = Guard(self.model, canaries, self.pad_token_id, self.config.max_canary_kl)
-        report["gap_before"] = self._gap(canaries[0])
+        report["gap_before"] = self._gap(canaries[0].input_ids)
         run = TeachingRun(self.model, examples, anchors, self.config, self.pad_token_id)
         try:
             for step in range(1, self.config.max_steps + 1):
@@ -237,7 +246,7 @@ class Learner:
         report["canary_kl"] = verdict.kl
         if not verdict.ok:
             raise RefusedError(str(verdict.reason), canary_kl=verdict.kl)
-        report["gap"] = found = self._gap(canary)
+        report["gap"] = found = self._gap(canary.input_ids)
         allowed = report["gap_before"] + MAX_GAP
         if not (math.isfinite(found) and found <= allowed):
             raise RefusedError(
@@ -245,13 +254,11 @@ class Learner:
                 gap=found,
             )
 
-    def _gap(self, canary: Example) -> float:
-        served = self.engine.score(canary.input_ids)
-        whole = Example(canary.input_ids, [False] + [True] * (len(canary.input_ids) - 1))
-        computed = target_logprobs(self.model, collate([whole], self.pad_token_id, device=self.model.device))[
-            0
-        ].tolist()
-        return gap(served, computed)
+    def _gap(self, ids: list[int]) -> float:
+        """Between what the server says of these tokens and what the learner computes, see :func:`insitu.live.guard.gap`."""
+        whole = Example(ids, [False] + [True] * (len(ids) - 1))
+        batch = collate([whole], self.pad_token_id, device=self.model.device)
+        return gap(self.engine.score(ids), target_logprobs(self.model, batch)[0].tolist())
 
     def _serve_as(self, version: int) -> None:
         """The bytes already are this version's: let every answer from now on say so."""

@@ -21,7 +21,7 @@ from insitu.live import packaged, source
 from insitu.live.config import ServeConfig
 from insitu.live.control import ControlServer
 from insitu.live.engines.embedded import EmbeddedEngine
-from insitu.live.keeper import LearnerKeeper, held
+from insitu.live.keeper import LearnerKeeper
 from insitu.live.keys import load_keys
 from insitu.live.repair import repair
 from insitu.live.store import Store
@@ -84,9 +84,6 @@ class Server:
     # -- weights -------------------------------------------------------------------------------------------------------
     def _load(self, base: Path) -> None:
         """Fill the arena with the base checkpoint, then with the last committed version of it."""
-        # A learner that outlived the last server may be about to commit the file it has just written.
-        if not held(self.state_dir / "learner.lock"):
-            self.versions.discard_uncommitted()
         with torch.no_grad():
             attach.fill(self._views, read(checkpoint_files(base)), self._aliases)
         self.versions.bring_up(self.arena, self._aliases, self.model_name)

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from insitu.live.keeper import held
 from insitu.live.store import Store
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena
@@ -84,6 +85,9 @@ class Versions:
         In a new state directory that is version 0, which is recorded as coming from ``source``. Raises VersionError when the
         directory belongs to another checkpoint, or the version's file is not what was committed.
         """
+        # A learner that outlived the last server may be about to commit the file it has just written.
+        if not held(self.directory.parent / "learner.lock"):
+            self.discard_uncommitted()
         loaded = arena.sha256()
         head, first = self.store.head(), self.store.version(0)
         if head is None or first is None:

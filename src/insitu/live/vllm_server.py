@@ -4,6 +4,7 @@ vLLM's own application is the front door, with our keys, gate and routes in it (
 process only starts, watches and ends things; when vLLM dies it is started again and comes up with the last committed version.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ log = logging.getLogger("insitu.server")
 
 PARENT = "INSITU_PARENT"  # pid of the process without which vLLM is to end
 _END_SECONDS = 20.0
+_CACHE_GIB = "2"
 
 
 class VLLMServer:
@@ -47,6 +49,7 @@ class VLLMServer:
         self._lock = lock(self.state_dir / "server.lock", self.state_dir)
         with bind(config.host, config.port) as listener:  # a port in use is told at once; vLLM binds it again
             self.port = listener.getsockname()[1]
+        _refuse_ranks(config.vllm_args)
         self.base = source.resolve(model, yes=config.yes)
         self.keys = load_keys(self.state_dir)
         cores = sorted(os.sched_getaffinity(0))
@@ -118,6 +121,7 @@ class VLLMServer:
         environment = {
             "VLLM_CPU_OMP_THREADS_BIND": self._serving_cores,
             "VLLM_NO_USAGE_STATS": "1",
+            **_cache_space(self.config.vllm_args),
             **os.environ,
             "VLLM_PLUGINS": f"{plugins},insitu" if plugins else "insitu",
             "INSITU_STATE": str(self.state_dir),
@@ -159,10 +163,10 @@ class VLLMServer:
 
     def _last_words(self) -> str:
         """The error that vLLM's log gives as the root: the first one, whoever reported it."""
-        found = re.findall(
-            r"(?:^|\s)((?:[\w.]+\.)?\w+(?:Error|Exception): .*)$", self._log.read_text(errors="replace"), re.M
-        )
-        return found[0].strip() if found else "it said nothing"
+        # A pydantic error counts its findings in its first line, and tells them in the next.
+        error = r"(?:[\w.]+\.)?\w+(?:Error|Exception): (?!\d+ validation error)|Value error, "
+        found = re.search(rf"(?:^|\s)((?:{error}).*?)(?: \[type=.*)?$", self._log.read_text(errors="replace"), re.M)
+        return found[1].strip() if found else "it said nothing"
 
     def _end(self) -> None:
         """SIGTERM, then SIGKILL for the whole group: vLLM's workers must not outlive it."""
@@ -177,6 +181,21 @@ class VLLMServer:
         with suppress(ProcessLookupError):  # all of them have ended
             os.killpg(self._vllm.pid, signal.SIGKILL)
         self._vllm.wait()
+
+
+def _refuse_ranks(vllm_args: str) -> None:
+    """More ranks than one, before vLLM complains that its cores, which we chose, are too few for them."""
+    for flags in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
+        asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        asked.add_argument(*flags, dest="ranks", nargs="?", default="1", const="1")
+        given, _ = asked.parse_known_args([each.replace("_", "-") for each in shlex.split(vllm_args)])
+        if given.ranks != "1":
+            raise StartError(f"{flags[0]} {given.ranks}: the weights would lie in several processes; leave it out")
+
+
+def _cache_space(vllm_args: str) -> dict[str, str]:
+    """On CPU vLLM fills most of the memory with its cache unless told otherwise, and the learner needs some too."""
+    return {} if "--kv-cache-memory-bytes" in vllm_args else {"VLLM_CPU_KVCACHE_SPACE": _CACHE_GIB}
 
 
 def _refusal(url: str, keys: Keys) -> str | None:
@@ -195,9 +214,9 @@ def serve(model: str, config: ServeConfig) -> None:
 
 def keep_learner(control: Path, config: ServeConfig) -> None:
     """``insitu serve --attach SOCKET``: only a learner, for a server that somebody else started and keeps."""
-    state_dir = handles.private_directory(control.resolve().parent.parent)
     if control.name != "engine.sock" or not control.is_socket():
         raise StartError(f"{control} is not the control socket of an insitu server (STATE/run/engine.sock)")
+    state_dir = handles.private_directory(control.resolve().parent.parent)
     try:
         handles.connect(control).close()
     except OSError as error:

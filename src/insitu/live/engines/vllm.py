@@ -65,7 +65,11 @@ class VLLMEngine(Engine):
     def pause(self) -> None:
         if self._paused:
             raise RuntimeError("the engine is already paused")
-        self._run(self._client.pause_generation(mode="keep", clear_cache=False))
+        try:
+            self._run(self._client.pause_generation(mode="keep", clear_cache=False))
+        except TimeoutError as error:
+            self._run(self._client.resume_generation())  # it may still come to pause, and nobody would end it
+            raise EngineError(f"vLLM did not pause within {_TIMEOUT:.0f} s") from error
         self._paused = True
 
     def publish(self, version: str) -> PublishReport:

@@ -82,7 +82,8 @@ class Answers:
         self._version = version
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in ROUTES:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in ROUTES:
             await self.app(scope, receive, send)
             return
         answer = _Answer(send, self._version)
@@ -92,14 +93,14 @@ class Answers:
             await self.app(scope, asked.receive, answer.send)
         finally:
             _NOTE.reset(token)
-        if scope["path"] == CHAT and answer.note.id and answer.note.text:
+        if path == CHAT and answer.note.id and answer.note.text:
             await self._remember(scope, asked.body, answer.note)
 
     async def _remember(self, scope: Scope, body: bytes, note: Note) -> None:
         key = Headers(scope=scope)["authorization"].partition(" ")[2].strip()
-        completion = Completion(
-            note.id, digest(key.encode("latin-1")), json.loads(body)["messages"], note.text, ",".join(note.versions)
-        )
+        version = ",".join(note.versions) or self._version()  # a stream that was cut off has no last output
+        messages = json.loads(body)["messages"]
+        completion = Completion(note.id, digest(key.encode("latin-1")), messages, note.text, version)
         try:
             await self._service.add_completion(completion)
         except Exception:

@@ -129,8 +129,15 @@ class Endpoint:
             "trial": bool(header.step or header.writer),
             **({} if control.proven else {"state": "degraded" if control.refusal else "starting"}),
             "learner": {"state": learner, "pid": pid, "refusal": control.refusal},
-            "arena": {"bytes": self.weights.num_bytes, "pid": self.weights.pid, **resident(self.weights.pid)},
+            "arena": {"bytes": self.weights.num_bytes, "pid": self.weights.pid, **_resident(self.weights.pid)},
         }
+
+
+def _resident(pid: int) -> Mapping[str, int]:
+    try:
+        return resident(pid)
+    except OSError:  # the worker has died, and this process is about to end too
+        return {}
 
 
 def _end_with(parent: str | None) -> None:

@@ -18,13 +18,12 @@ class Gate:
         self._closed = closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in _FORBIDDEN:
-            refusal = ApiError(
-                403, f"{scope['path']} would move the weights away from the arena", code="not_with_insitu"
-            )
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and path in _FORBIDDEN:
+            refusal = ApiError(403, f"{path} would move the weights away from the arena", code="not_with_insitu")
             await refusal.response()(scope, receive, send)
             return
-        reason = self._closed() if scope["type"] == "http" and scope["path"] not in _OPEN else None
+        reason = self._closed() if scope["type"] == "http" and path not in _OPEN else None
         if reason is None:
             await self.app(scope, receive, send)
         else:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from insitu.live.config import default_state_dir
 from insitu.live.store import Store
 from insitu.live.versions import Versions
 from insitu.live.vllm_plugin.recorder import Recorder
-from insitu.live.vllm_plugin.refusals import RefusedError, check_config
+from insitu.live.vllm_plugin.refusals import RefusedError, check_config, untested
 from insitu.live.vllm_plugin.unpacked import Derived, keep_plain, padded, restore_plain
 from insitu.live.vllm_plugin.worker import WeightServer
 from insitu.live.weights import handles, layout
@@ -65,6 +66,8 @@ class ArenaLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         check_config(vllm_config, model_config)
+        for warning in untested(vllm.__version__, model_config.hf_text_config.model_type):
+            log.warning("%s; every check must hold before anything is served", warning)
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         derived = restore_plain(model, self.views)
         self.weight_server = WeightServer(

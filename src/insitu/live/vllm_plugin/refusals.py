@@ -10,6 +10,10 @@ _UNSAFE = {
 }
 
 
+TESTED_VLLM = "0.32."
+TESTED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_5_text")
+
+
 class RefusedError(ValueError):
     """vLLM was asked for something that would break the promise of one copy; the message names the flag or the tensor."""
 
@@ -56,6 +60,16 @@ def check_config(vllm_config: Any, model_config: Any) -> None:
         raise RefusedError("mixture-of-experts models are packed into private copies on CPU; serve them on a GPU")
     if vllm_config.device_config.device_type not in ("cpu", "cuda"):
         raise RefusedError(f"device {vllm_config.device_config.device_type!r}: the arena is CPU or CUDA memory")
+
+
+def untested(vllm_version: str, model_type: str) -> list[str]:
+    """What to warn of: nobody has tried it, and the checks at attach decide."""
+    found = []
+    if not vllm_version.startswith(TESTED_VLLM):
+        found.append(f"vLLM {vllm_version} is not the version that insitu was tested with ({TESTED_VLLM}x)")
+    if model_type not in TESTED_FAMILIES:
+        found.append(f"model type {model_type!r} is none of those tested: {', '.join(TESTED_FAMILIES)}")
+    return found
 
 
 def _offloads(vllm_config: Any) -> bool:

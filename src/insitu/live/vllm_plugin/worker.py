@@ -37,6 +37,7 @@ class WeightServer:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise RefusedError(
                 f"another vLLM already serves from {run_dir.parent}; set INSITU_STATE to another directory"
             ) from None
@@ -84,7 +85,11 @@ class WeightClient:
     def __init__(self, run_dir: Path) -> None:
         self._socket = handles.connect(run_dir / SOCKET)
         self._asking = threading.Lock()  # one question at a time: requests and the learner's commands come in threads
-        message, self.fd = self._attach()
+        try:
+            message, self.fd = self._attach()
+        except BaseException:
+            self._socket.close()
+            raise
         self.pid = int(message["pid"])
         self.num_bytes = int(message["num_bytes"])
         self._page = HeaderPage(mmap.mmap(self.fd, PAGE))
