@@ -2,7 +2,7 @@
 
 import os
 import socket
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 # vLLM needs an environment of its own (make vllm-env); its tests are run there, by make test-vllm. tests/gpu needs a GPU.
-collect_ignore = [*([] if find_spec("vllm") else ["vllm"]), *([] if torch.cuda.is_available() else ["gpu"])]
+_HAVE_VLLM = any(True for _ in distributions(name="vllm"))
+collect_ignore = [*([] if _HAVE_VLLM else ["vllm"]), *([] if torch.cuda.is_available() else ["gpu"])]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from insitu.live.store import Store
 from insitu.live.versions import Versions
 from insitu.live.vllm_plugin.recorder import Recorder
 from insitu.live.vllm_plugin.refusals import RefusedError, check_config, untested
-from insitu.live.vllm_plugin.unpacked import Derived, keep_plain, padded, restore_plain
+from insitu.live.vllm_plugin.unpacked import Derived, keep_plain, packed, padded, restore_plain
 from insitu.live.vllm_plugin.worker import WeightServer
 from insitu.live.weights import handles, layout
 from insitu.live.weights.arena import Arena, plan
@@ -111,6 +111,8 @@ def _refresh(model: torch.nn.Module, views: dict[str, torch.Tensor], derived: li
     for name, parameter in model.named_parameters():
         if id(parameter) not in copies and parameter.data_ptr() != views[name].data_ptr():
             raise RefusedError(f"vLLM has moved {name!r} away from the arena: what is trained would not be served")
+    if name := packed(model):
+        raise RefusedError(f"vLLM reads a private copy of {name!r}: what is trained would not be served")
     for each in derived:
         each.refresh()
     return len(derived)

@@ -56,3 +56,11 @@ def restore_plain(model: torch.nn.Module, views: dict[str, torch.Tensor]) -> lis
             module._cpu_unpacked_conv_weight = master.view(master.size(0), master.size(2))
             derived.append(Derived(module.weight, master))
     return derived
+
+
+def packed(model: torch.nn.Module) -> str | None:
+    """The first matrix that vLLM's kernels read from a private copy, if there is one: its parameter may still be in place."""
+    for name, module in model.named_modules():
+        if getattr(module, "cpu_linear", F.linear) is not F.linear:
+            return f"{name}.weight"
+    return None
