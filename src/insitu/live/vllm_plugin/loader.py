@@ -111,8 +111,8 @@ def _refresh(model: torch.nn.Module, views: dict[str, torch.Tensor], derived: li
     for name, parameter in model.named_parameters():
         if id(parameter) not in copies and parameter.data_ptr() != views[name].data_ptr():
             raise RefusedError(f"vLLM has moved {name!r} away from the arena: what is trained would not be served")
-    if name := packed(model):
-        raise RefusedError(f"vLLM reads a private copy of {name!r}: what is trained would not be served")
+    if (private := packed(model)) is not None:
+        raise RefusedError(f"vLLM reads a private copy of {private!r}: what is trained would not be served")
     for each in derived:
         each.refresh()
     return len(derived)
