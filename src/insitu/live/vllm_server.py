@@ -218,7 +218,8 @@ def keep_learner(control: Path, config: ServeConfig) -> None:
         raise StartError(f"{control} is not the control socket of an insitu server (STATE/run/engine.sock)")
     state_dir = handles.private_directory(control.resolve().parent.parent)
     try:
-        handles.connect(control).close()
+        # Not the control socket itself: who connects there is taken for a learner, and ended once it has hung up.
+        handles.connect(control.with_name("weights.sock")).close()
     except OSError as error:
         raise StartError(f"nobody listens on {control}: {error.strerror or error}; start the server first") from error
     keeper = LearnerKeeper(state_dir, config.teach, config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
