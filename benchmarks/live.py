@@ -134,7 +134,9 @@ def part_decode(base: Path, rounds: int = 12, tokens: int = 64) -> dict[str, Any
             "seconds_per_token": {name: spread(found) for name, found in times.items()},
             "insitu_over_plain": statistics.median(a / b for a, b in zip(times["insitu"], times["plain"], strict=True)),
             "plain_over_packed": statistics.median(a / b for a, b in zip(times["plain"], times["packed"], strict=True)),
-            "insitu_over_packed": statistics.median(a / b for a, b in zip(times["insitu"], times["packed"], strict=True)),
+            "insitu_over_packed": statistics.median(
+                a / b for a, b in zip(times["insitu"], times["packed"], strict=True)
+            ),
         }
 
 
