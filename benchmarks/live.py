@@ -122,7 +122,7 @@ def part_decode(base: Path, rounds: int = 12, tokens: int = 64) -> dict[str, Any
         server(base, insitu=False, python_path=str(HERE / "plain")) as plain,
         server(base, insitu=False) as packed,
     ):
-        insitu.attach()
+        learner = insitu.attach()  # held to the end: without a learner the gate closes
         servers = {"insitu": insitu, "plain": plain, "packed": packed}
         times: dict[str, list[float]] = {name: [] for name in servers}
         for turn in range(rounds + 1):
@@ -130,6 +130,7 @@ def part_decode(base: Path, rounds: int = 12, tokens: int = 64) -> dict[str, Any
                 came = servers[name].chat("Tell me a story.", tokens)["times"][1:]
                 if turn:  # the first is warm-up
                     times[name].append((came[-1] - came[0]) / (len(came) - 1))
+        learner.close()
         return {
             "seconds_per_token": {name: spread(found) for name, found in times.items()},
             "insitu_over_plain": statistics.median(a / b for a, b in zip(times["insitu"], times["plain"], strict=True)),
