@@ -22,7 +22,7 @@ SHAPES = [(12, 8), (8, 12), (10, 10), (7, 3), (3, 7), (1, 5), (5, 1), (33, 17)]
 
 def dense(kind: str, seed: int, index: int, rows: int, cols: int, rank: int) -> np.ndarray:
     """The package's projection as a dense (r, m) matrix."""
-    made = make(kind, seed, index, layout(rows, cols, rank), torch.device("cpu"))
+    made = make(kind, seed, index, layout(rows, cols, rank))
     if not isinstance(made, Sketch):
         return made.double().numpy()
     P = np.zeros((made.rank, min(rows, cols)))

@@ -1,48 +1,54 @@
 """How many updates a tensor has had, known to the host without waiting for the device.
 
-A step whose gradient is all zero does not count, so the count follows from gradients and lives on the device, while the
-host needs it to choose the projection and the random bits. On a CUDA device the counts are copied at the end of each
+A step whose gradient is all zero or not finite does not count, so the counts follow from gradients and live on the device,
+while the host needs them to choose the projection and the random bits. On a CUDA device they are copied at the end of each
 step, asynchronously, and read at the start of the next one, when the copy has long arrived.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class _Copy(NamedTuple):
-    counts: Tensor  # int64, pinned host memory
+    counts: Tensor  # (tensors, 2) int64, pinned host memory: updates, and gradients that were skipped
     arrived: torch.cuda.Event
 
 
 class StepCounts:
-    """The host's copy of the ``step`` entries of an optimizer's state."""
+    """The host's copy of the ``step`` and ``skipped`` entries of an optimizer's state."""
 
     def __init__(self) -> None:
         self._copies: dict[Tensor, tuple[_Copy, int]] = {}
+        self._skipped: dict[Tensor, int] = {}
 
-    def read(self, parameter: Tensor, step: Tensor) -> int:
-        """The count of one parameter: from the last copy if there is one, else from the tensor itself."""
+    def read(self, parameter: Tensor, state: dict[str, Any]) -> tuple[int, bool]:
+        """The updates of one parameter, and whether a gradient was skipped since this was asked last."""
         known = self._copies.get(parameter)
         if known is None:
-            return int(step)
-        copy, row = known
-        copy.arrived.synchronize()
-        return int(copy.counts[row])
+            step, skipped = int(state["step"]), int(state["skipped"])
+        else:
+            copy, row = known
+            copy.arrived.synchronize()
+            step, skipped = copy.counts[row].tolist()
+        before = self._skipped.setdefault(parameter, skipped)
+        self._skipped[parameter] = skipped
+        return step, skipped > before
 
-    def observe(self, steps: dict[Tensor, Tensor]) -> None:
+    def observe(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """Start copying the counts of the parameters that were stepped."""
         by_device: dict[torch.device, list[Tensor]] = {}
-        for parameter in steps:
+        for parameter in states:
             if parameter.device.type == "cuda":
                 by_device.setdefault(parameter.device, []).append(parameter)
         for device, parameters in by_device.items():
             with torch.cuda.device(device):
-                counts = torch.empty(len(parameters), dtype=torch.int64, pin_memory=True)
-                counts.copy_(torch.stack([steps[p] for p in parameters]), non_blocking=True)
+                both = [states[p][count] for p in parameters for count in ("step", "skipped")]
+                counts = torch.empty(len(parameters), 2, dtype=torch.int64, pin_memory=True)
+                counts.copy_(torch.stack(both).view(-1, 2), non_blocking=True)
                 copy = _Copy(counts, torch.cuda.Event())  # type: ignore[no-untyped-call]
                 copy.arrived.record()
             self._copies.update((p, (copy, row)) for row, p in enumerate(parameters))

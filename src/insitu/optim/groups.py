@@ -3,6 +3,7 @@
 | role   | tensors                                                  | update                                 |
 |--------|----------------------------------------------------------|----------------------------------------|
 | matrix | weights of linear and convolution layers, other matrices | projected (APOLLO)                     |
+|        | and stacks of matrices, such as experts                  |                                        |
 | dense  | embeddings and the output head, tied or not              | as the option ``dense`` says, so AdamW |
 | adamw  | vectors, scalars, norms; whatever ``adamw=`` names       | AdamW                                  |
 """
@@ -16,8 +17,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-
-from insitu.optim.projection import matrix_shape
 
 ROLES = ("matrix", "dense", "adamw")
 
@@ -46,7 +45,7 @@ def param_groups(
         A list of dicts with ``params``, ``param_names``, ``role``. ``print`` it to see the grouping.
 
     Raises:
-        ValueError: a pattern that matches nothing, a head that is not there, a 3-D stack of matrices.
+        ValueError: a pattern that matches nothing, a head that is not there.
 
     >>> groups = param_groups(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8)))
     >>> print(groups)
@@ -68,8 +67,6 @@ def param_groups(
         unused -= hits
         if hits:
             role = "adamw"
-        elif role in ("matrix", "conv"):
-            matrix_shape(parameter.shape, conv=role == "conv", name=name)
         group = groups.setdefault(role, {"params": [], "param_names": [], "role": role})
         group["params"].append(parameter)
         group["param_names"].append(name)

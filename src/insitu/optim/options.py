@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
+from torch import Tensor
+
 from insitu.optim.groups import ROLES
 from insitu.optim.projection import PROJECTIONS
 
@@ -13,8 +15,10 @@ _CHOICES = {
     "projection": PROJECTIONS,
     "granularity": ("auto", "channel", "tensor"),
     "denominator": ("projected", "exact"),
-    "dense": ("adamw", "apollo"),
-    "rounding": ("stochastic", "nearest"),
+    "dense": ("adamw", "apollo", "sgd"),
+    "rounding": ("stochastic", "nearest", "compensated"),
+    "moments": ("float32", "bfloat16"),
+    "nonfinite": ("error", "skip"),
     "backend": BACKENDS,
 }
 # What other APOLLO implementations call it, and mean by it.
@@ -59,13 +63,32 @@ def _count(name: str, value: Any, way_out: str) -> None:
         raise ValueError(f"{name}={value!r}: expected an integer of at least 1; {way_out}")
 
 
-def check(group: dict[str, Any]) -> None:
-    """Raise ValueError for the first bad option of a parameter group (all defaults filled in)."""
-    for name in group.keys() & _FOREIGN.keys():
-        raise ValueError(f"unexpected option {name}={group[name]!r} in a group: {_FOREIGN[name]}")
-    _number("lr", group["lr"], 0, "a finite number >= 0; lr=0 keeps the weights still")
+def check_common(group: dict[str, Any]) -> None:
+    """Raise ValueError for the first bad one of the options that every optimizer here has."""
+    lr = group["lr"]
+    if not (isinstance(lr, Tensor) and lr.device.type != "cpu"):  # reading it would wait for the device
+        _number("lr", lr, 0, "a finite number >= 0; lr=0 keeps the weights still")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr={lr!r}: expected a number, or a tensor of one element")
     _number("eps", group["eps"], 0, "a finite number >= 0, such as 1e-8")
     _number("weight_decay", group["weight_decay"], 0, "a finite number >= 0; 0 turns decay off")
+    if not isinstance(group["seed"], int) or isinstance(group["seed"], bool):
+        raise ValueError(f"seed={group['seed']!r}: expected an integer")
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize={group['maximize']!r}: expected True or False")
+    for name, choices in _CHOICES.items():
+        if name in group and group[name] not in choices:
+            raise ValueError(f"{name}={group[name]!r}: expected one of {', '.join(map(repr, choices))}")
+    role = group.get("role")
+    if role is not None and role not in ROLES:
+        raise ValueError(f"role={role!r}: expected one of {', '.join(map(repr, ROLES))}, or no role (by dimensions)")
+
+
+def check_apollo(group: dict[str, Any]) -> None:
+    """Raise ValueError for the first bad option of a group of APOLLO (all defaults filled in)."""
+    for name in group.keys() & _FOREIGN.keys():
+        raise ValueError(f"unexpected option {name}={group[name]!r} in a group: {_FOREIGN[name]}")
+    check_common(group)
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.9, 0.999)")
@@ -77,11 +100,3 @@ def check(group: dict[str, Any]) -> None:
         _number("alpha", group["alpha"], 0, "a finite number > 0, or 'auto' for sqrt(m / r)", open_=True)
     if group["limiter"] is not None:
         _number("limiter", group["limiter"], 1, "a finite number >= 1 such as 1.01, or None to turn it off")
-    if not isinstance(group["seed"], int) or isinstance(group["seed"], bool):
-        raise ValueError(f"seed={group['seed']!r}: expected an integer")
-    for name, choices in _CHOICES.items():
-        if group[name] not in choices:
-            raise ValueError(f"{name}={group[name]!r}: expected one of {', '.join(map(repr, choices))}")
-    role = group.get("role")
-    if role is not None and role not in ROLES:
-        raise ValueError(f"role={role!r}: expected one of {', '.join(map(repr, ROLES))}, or no role (by dimensions)")

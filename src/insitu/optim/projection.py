@@ -6,38 +6,41 @@ THE rule, by the global shape (rows x cols) of a matrix:
 - rows <  cols: the rows are projected, and each column is a channel.
 
 So the projected side m is the smaller one, the channels n the larger one, and R keeps the orientation of G:
-(n, r) for a tall or square matrix, (r, n) for a wide one.
+(n, r) for a tall or square matrix, (r, n) for a wide one. A stack of matrices (the experts of a layer) is so many
+matrices of one projection: everything per matrix has one leading dimension more.
 
-A projection P (r x m) satisfies E[P^T P] = I, hence E|P x|^2 = |x|^2. It is a pure function of (seed, refresh index,
-r, m): never part of the optimizer state, equal after a resume and on every device.
+A random projection P (r x m) satisfies E[P^T P] = I, hence E|P x|^2 = |x|^2. It is a pure function of (seed, refresh
+index, r, m): never part of the optimizer state, equal after a resume and on every device. The paper's ablation "svd"
+takes the first r singular vectors of the gradient instead: those are state.
 
 Legend: M rows, N columns of the tensor; m projected side, n channels, r rank.
 """
 
 from __future__ import annotations
 
-from math import sqrt
+from math import prod, sqrt
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from insitu.optim.seeds import mix
 
-PROJECTIONS = ("gaussian", "sketch")
+PROJECTIONS = ("gaussian", "rademacher", "sketch", "svd")
 
 
 class Layout(NamedTuple):
-    """How a matrix of ``rows x cols`` is projected at some rank; made by :func:`layout`."""
+    """How a tensor of ``stack`` matrices of ``rows x cols`` is projected at some rank; made by :func:`layout`."""
 
     rows: int
     cols: int
     rank: int
+    stack: int | None = None  # None: the tensor is one matrix
 
     @property
     def channel_dim(self) -> int:
-        """0 where rows are channels (tall, square), 1 where columns are (wide)."""
-        return 0 if self.rows >= self.cols else 1
+        """-2 where rows are channels (tall, square), -1 where columns are (wide)."""
+        return -2 if self.rows >= self.cols else -1
 
     @property
     def projected(self) -> int:
@@ -50,14 +53,20 @@ class Layout(NamedTuple):
         return max(self.rows, self.cols)
 
     @property
-    def moments(self) -> tuple[int, int]:
+    def moments(self) -> tuple[int, ...]:
         """Shape of R and of both moments: that of G with the projected side shortened to the rank."""
-        return (self.rows, self.rank) if self.channel_dim == 0 else (self.rank, self.cols)
+        matrix = (self.rows, self.rank) if self.channel_dim == -2 else (self.rank, self.cols)
+        return matrix if self.stack is None else (self.stack, *matrix)
+
+    @property
+    def norms(self) -> tuple[int, ...]:
+        """Shape of the limiter's memory: one norm per matrix."""
+        return () if self.stack is None else (self.stack,)
 
 
-def layout(rows: int, cols: int, rank: int) -> Layout:
+def layout(rows: int, cols: int, rank: int, stack: int | None = None) -> Layout:
     """Apply THE rule to a global shape; a rank above the projected side is the projected side."""
-    return Layout(rows, cols, min(rank, rows, cols))
+    return Layout(rows, cols, min(rank, rows, cols), stack)
 
 
 class Sketch(NamedTuple):
@@ -68,24 +77,58 @@ class Sketch(NamedTuple):
     coordinates a fixed distance apart, such as the same dimension of several attention heads, do not always collide.
     """
 
-    order: Tensor  # (m,) int64, a permutation
-    signs: Tensor  # (m,) float32, -1 or +1
+    order: Tensor  # (k r,) int64, every coordinate once; places that are left over hold 0 and have the sign 0
+    signs: Tensor  # (k r,) float32, -1 or +1, or 0
     rank: int
 
 
-def make(kind: str, seed: int, refresh_index: int, size: Layout, device: torch.device) -> Tensor | Sketch:
-    """The projection of one tensor for one refresh: a dense P (r, m) float32, or a :class:`Sketch`.
+Projection = Tensor | Sketch
 
-    Drawn on the CPU whatever the device, so that every device gets the same one.
+
+def make(kind: str, seed: int, refresh_index: int, size: Layout) -> Projection:
+    """The random projection of one tensor for one refresh: a dense P (r, m) float32, or a :class:`Sketch`.
+
+    Drawn on the CPU, so that every device gets the same one.
     """
     generator = torch.Generator().manual_seed(mix(seed, refresh_index))
     rank, m = size.rank, size.projected
     if kind == "gaussian":  # P_ij ~ N(0, 1/r)
-        return torch.randn(rank, m, generator=generator).div_(sqrt(rank)).to(device)
+        return torch.randn(rank, m, generator=generator).div_(sqrt(rank))
+    if kind == "rademacher":  # P_ij = +-1/sqrt(r)
+        return _signs((rank, m), generator).div_(sqrt(rank))
     assert kind == "sketch", kind
-    order = torch.randperm(m, generator=generator)
-    signs = torch.randint(2, (m,), generator=generator).mul_(2).sub_(1).float()
-    return Sketch(order.to(device), signs.to(device), rank)
+    order, signs = torch.randperm(m, generator=generator), _signs((m,), generator)
+    left_over = (0, -m % rank)
+    return Sketch(nn.functional.pad(order, left_over), nn.functional.pad(signs, left_over), rank)
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(2, shape, generator=generator).mul_(2).sub_(1).float()
+
+
+def singular_vectors(G: Tensor, size: Layout) -> Tensor:
+    """The first r singular vectors of the projected side of each matrix, as orthonormal rows: (..., r, m) float32.
+
+    ``G`` is (..., rows, cols). The paper's "APOLLO w. SVD". P^T P keeps the largest part of G and not its mean, so here
+    ``alpha="auto"`` gives updates somewhat larger than AdamW's.
+    """
+    turned = G.float() if size.channel_dim == -1 else G.float().mT
+    vectors: Tensor = torch.linalg.svd(turned, full_matrices=False)[0]
+    return vectors[..., : size.rank].mT.contiguous()
+
+
+def narrow(projection: Projection, first: int, count: int) -> Projection:
+    """The projection of the coordinates ``first`` to ``first + count`` alone: their share of the sum P G."""
+    if isinstance(projection, Tensor):
+        return projection.narrow(-1, first, count).clone()
+    order, signs, rank = projection
+    mine = ((order >= first) & (order < first + count) & (signs != 0)).view(-1, rank)
+    place = (mine.cumsum(0) - 1).mul_(rank).add_(torch.arange(rank))[mine]  # the same bucket, without gaps
+    num = int(mine.sum(0).max()) * rank
+    narrowed = Sketch(torch.zeros(num, dtype=torch.int64), torch.zeros(num), rank)
+    narrowed.order[place] = order[mine.view(-1)] - first
+    narrowed.signs[place] = signs[mine.view(-1)]
+    return narrowed
 
 
 class ProjectionCache:
@@ -96,68 +139,63 @@ class ProjectionCache:
 
     def __init__(self, limit: int = 64 << 20) -> None:
         self._limit = limit
-        self._held: dict[Tensor, tuple[tuple[object, ...], Tensor | Sketch]] = {}
+        self._held: dict[Tensor, tuple[tuple[object, ...], Projection]] = {}
         self._bytes = 0
 
-    def get(self, parameter: Tensor, kind: str, seed: int, refresh_index: int, size: Layout) -> Tensor | Sketch:
-        """As :func:`make`, on the parameter's device."""
-        wanted = (kind, seed, refresh_index, size, parameter.device)
+    def get(
+        self, parameter: Tensor, kind: str, seed: int, refresh_index: int, size: Layout, part: tuple[int, int]
+    ) -> Projection:
+        """As :func:`make`, on the parameter's device, for ``part`` (first, count) of the projected side."""
+        wanted = (kind, seed, refresh_index, size, part, parameter.device)
         known, projection = self._held.get(parameter, (None, None))
         if known == wanted and projection is not None:
             return projection
         if projection is not None:
             self._bytes -= _num_bytes(projection)
             del self._held[parameter]
-        made = make(kind, seed, refresh_index, size, parameter.device)
+        made = make(kind, seed, refresh_index, size)
+        if part != (0, size.projected):
+            made = narrow(made, *part)
+        made = _to(made, parameter.device)
         if self._bytes + _num_bytes(made) <= self._limit:
             self._held[parameter] = wanted, made
             self._bytes += _num_bytes(made)
         return made
 
 
-def _num_bytes(projection: Tensor | Sketch) -> int:
+def _to(projection: Projection, device: torch.device) -> Projection:
+    if isinstance(projection, Tensor):
+        return projection.to(device)
+    return Sketch(projection.order.to(device), projection.signs.to(device), projection.rank)
+
+
+def _num_bytes(projection: Projection) -> int:
     return projection.nbytes if isinstance(projection, Tensor) else projection.order.nbytes + projection.signs.nbytes
 
 
-def project(G: Tensor, projection: Tensor | Sketch, channel_dim: int) -> Tensor:
-    """R = P G in the orientation of G: (rows, r) where rows are channels, (r, cols) where columns are.
+def project(G: Tensor, projection: Projection, channel_dim: int) -> Tensor:
+    """R = P G in the orientation of G: (..., rows, r) where rows are channels, (..., r, cols) where columns are.
 
-    ``G`` is float32 (rows, cols), or any part of its channels. A sketch reads G once and needs no dense P.
+    ``G`` is float32 (..., rows, cols), or any part of its channels. A sketch reads G once and needs no dense P.
     """
     if isinstance(projection, Tensor):
-        return G @ projection.T if channel_dim == 0 else projection @ G
-    order, signs, rank = projection
-    dim = 1 - channel_dim
-    mixed = G.index_select(dim, order).mul_(signs if dim == 1 else signs[:, None])
-    rest = len(order) % rank
-    whole, rest_of = mixed.narrow(dim, 0, len(order) - rest), mixed.narrow(dim, len(order) - rest, rest)
-    R: Tensor = whole.unflatten(dim, (-1, rank)).sum(dim)  # type: ignore[no-untyped-call]
-    R.narrow(dim, 0, rest).add_(rest_of)
+        return G @ projection.mT if channel_dim == -2 else projection @ G
+    dim = -3 - channel_dim  # the projected one
+    mixed = G.index_select(dim, projection.order).mul_(projection.signs if dim == -1 else projection.signs[:, None])
+    R: Tensor = mixed.unflatten(dim, (len(projection.order) // projection.rank, projection.rank)).sum(dim - 1)  # type: ignore[no-untyped-call]
     return R
 
 
-def matrix_shape(shape: torch.Size | tuple[int, ...], *, conv: bool = False, name: str = "a tensor") -> tuple[int, int]:
-    """The (rows, cols) as which a tensor of two or more dimensions is projected.
+def matrix_shape(shape: torch.Size | tuple[int, ...], *, conv: bool = False) -> tuple[int | None, int, int]:
+    """The (stack, rows, cols) as which a tensor of two or more dimensions is projected; stack is None for one matrix.
 
-    Dimensions of length 1 are dropped from a 3-D tensor; one of four or more dimensions, or of a convolution, is read
-    as first dimension x rest.
-
-    Raises:
-        ValueError: a 3-D tensor that is not said to be a convolution: probably a stack of matrices (experts), each of
-            which would need its own channels.
+    | tensor                              | read as                                              |
+    |-------------------------------------|------------------------------------------------------|
+    | 2 dimensions                        | the matrix it is                                     |
+    | convolution, or 4 and more          | first dimension x rest                               |
+    | 3 dimensions, the second or third 1 | first dimension x rest                               |
+    | any other of 3 dimensions           | a stack of matrices, such as the experts of a layer  |
     """
-    sizes = tuple(shape)
-    if len(sizes) == 3 and not conv:
-        sizes = tuple(size for size in sizes if size != 1) or (1,)
-        sizes = (1, *sizes) if len(sizes) == 1 else sizes
-        if len(sizes) == 3:
-            raise ValueError(
-                f"{name} has shape {tuple(shape)}: stacks of matrices are not projected yet; keep AdamW for it "
-                "(param_groups(model, adamw=[pattern]) or role='adamw' in its group), or set conv=True in its group "
-                "if it is a convolution, read as first dimension x rest"
-            )
-    rows = sizes[0]
-    cols = 1
-    for size in sizes[1:]:
-        cols *= size
-    return rows, cols
+    if len(shape) == 3 and not conv and 1 not in shape[1:]:
+        return shape[0], shape[1], shape[2]
+    return None, shape[0], prod(shape[1:])

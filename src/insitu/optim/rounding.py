@@ -6,6 +6,9 @@ weights unchanged under nearest rounding. Rounding up with probability equal to 
 The 16 random bits of an element are a hash of (key, global element index), so the slices of a tensor round exactly as
 the whole does, and replicas stay bit-identical. The hash is made of wrapping int32 products, xors and shifts, which
 torch runs vectorised on every device; one 32-bit word serves two neighbouring elements.
+
+The other way to keep small updates is ``compensated``: the parameter is the bf16 number nearest to the float32 result,
+and a second bf16 tensor keeps what is missing. Together they hold 16 bits of mantissa, and nothing is random.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def _scalar(word: int) -> Tensor:
     return torch.tensor(_signed(word), dtype=torch.int32)
 
 
+Index = int | Tensor
 _WEYL = 0x9E3779B1
 _PIECE = 1 << 16  # elements rounded at a time by a thread, so that the scratch stays in the cache of its core
 _PERIOD = 1 << 33  # elements after which the 32-bit counter of words starts again
@@ -63,17 +67,36 @@ def _random_bits(key: int, start: int, count: int, scratch: Scratch) -> Tensor:
     return scratch.bits[:count].copy_(words.view(torch.uint16)[odd : odd + count])
 
 
-def round_into(out: Tensor, source: Tensor, key: int, start: int = 0, scratch: Scratch | None = None) -> None:
+def _random_bits_at(key: int, index: Tensor) -> Tensor:
+    """As ``_random_bits``, for elements anywhere: ``index`` (n,) int64 holds their global indices."""
+    first = index // 2
+    out = torch.empty(len(index), dtype=torch.int32, device=index.device)
+    for period in torch.unique(first >> 32).tolist():  # one, but for tensors beyond 2^33 elements
+        low, factor = divmod(mix(key, period), 1 << 31)
+        words = (first * _WEYL + low).to(torch.int32)
+        words.bitwise_xor_(words >> _SHIFT).mul_(_signed(2 * factor + 1))
+        words.bitwise_xor_(words >> _SHIFT).mul_(_MIXER)
+        here = first >> 32 == period
+        out[here] = torch.where(index % 2 == 0, words & 0xFFFF, (words >> 16) & 0xFFFF)[here]
+    return out
+
+
+def round_into(out: Tensor, source: Tensor, key: int, start: Index = 0, scratch: Scratch | None = None) -> None:
     """Write ``source`` to ``out`` in bfloat16, rounded stochastically; the content of ``source`` is lost.
 
     Args:
         out: contiguous bfloat16.
         source: contiguous float32 of the same number of elements.
         key: a hash of (seed, step).
-        start: global (row-major) index of the first element.
+        start: global (row-major) index of the first element, or of each element, (n,) int64, where they do not follow
+            one another in the whole tensor.
         scratch: memory to reuse; ``source`` is rounded in pieces of its size.
     """
     target, bits = out.view(-1), source.view(-1).view(torch.int32)
+    if isinstance(start, Tensor):
+        bits.add_(_random_bits_at(key, start)).bitwise_and_(_UPPER)
+        target.copy_(source.view(-1))
+        return
     scratch = scratch or make_scratch(source.device, max(2, min(_PIECE * torch.get_num_threads(), source.numel())))
     done = 0
     while done < bits.numel():
@@ -86,18 +109,45 @@ def round_into(out: Tensor, source: Tensor, key: int, start: int = 0, scratch: S
         done += count
 
 
-def store(out: Tensor, source: Tensor, key: int | None, start: int = 0, scratch: Scratch | None = None) -> None:
-    """Write ``source`` to ``out``: stochastically where there is a key, else to nearest. ``source`` is lost."""
-    if key is None:
-        out.copy_(source)
-    else:
-        round_into(out, source, key, start, scratch)
+class Precision(NamedTuple):
+    """How one tensor is stored between steps; the arithmetic is float32 whatever it says.
+
+    ``key`` asks for stochastic rounding, ``residual`` (the shape of the tensor, bf16) for compensated storage; neither is
+    rounding to nearest. ``start`` is the global index of the tensor's first element, or of each.
+    """
+
+    key: int | None = None
+    start: Index = 0
+    residual: Tensor | None = None
+
+    def of(self, first: int, count: int) -> Precision:
+        """For ``count`` elements from the local, flat index ``first`` on."""
+        return Precision(
+            self.key,
+            self.start[first : first + count] if isinstance(self.start, Tensor) else self.start + first,
+            None if self.residual is None else self.residual.view(-1)[first : first + count],
+        )
+
+    def read(self, work: Tensor) -> Tensor:
+        """Add to ``work``, a float32 copy of the stored tensor, what the stored one could not hold."""
+        return work if self.residual is None else work.view(-1).add_(self.residual.view(-1)).view(work.shape)
+
+    def write(self, out: Tensor, work: Tensor, scratch: Scratch | None = None) -> None:
+        """Store ``work`` in ``out``; the content of ``work`` is lost."""
+        if self.residual is not None:
+            out.copy_(work)
+            self.residual.view(-1).copy_(work.view(-1).sub_(out.view(-1)))
+        elif self.key is not None:
+            round_into(out, work, self.key, self.start, scratch)
+        else:
+            out.copy_(work)
 
 
-def stochastic_round(source: Tensor, seed: int, step: int, start: int = 0) -> Tensor:
+def stochastic_round(source: Tensor, seed: int, step: int, start: Index = 0) -> Tensor:
     """``source`` (float32, any shape) in bfloat16: each element one of its two neighbours, the mean kept.
 
-    A pure function of (seed, step, global element index): with ``start`` a slice rounds as the whole does.
+    A pure function of (seed, step, global element index): with ``start``, the index of the first element or of each, a
+    slice rounds as the whole does.
     """
     out = torch.empty(source.shape, dtype=torch.bfloat16, device=source.device)
     round_into(out, source.detach().clone(memory_format=torch.contiguous_format), mix(seed, step), start)

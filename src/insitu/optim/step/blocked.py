@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from insitu.optim.projection import Sketch
-from insitu.optim.rounding import make_scratch, store
+from insitu.optim.projection import Projection
+from insitu.optim.rounding import Precision, make_scratch
 from insitu.optim.step import reference
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
@@ -29,18 +29,31 @@ class Blocked:
         # When the random bits are made, the block's gradient is no longer needed.
         self._scratch = make_scratch(device, self._size, bits=self._grad.view(torch.int32))
 
-    def measure(self, G: Tensor, projection: Tensor | Sketch, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """As the reference, a block of channels at a time; a wide matrix by blocks of rows, which lie together."""
-        if channel_dim == 1 and isinstance(projection, Tensor):
+    def measure(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
+        """As the reference, a block of channels at a time."""
+        if len(G) == 1:
+            R, G_sq = self._measure_matrix(G[0], projection, channel_dim)
+            return R[None], G_sq[None]
+        each = [  # svd has a projection for each matrix
+            self._measure_matrix(g, _one(projection, i), channel_dim) for i, g in enumerate(G)
+        ]
+        return torch.stack([R for R, _ in each]), torch.stack([G_sq for _, G_sq in each])
+
+    def _measure_matrix(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
+        projection = _one(projection, 0)
+        if G.numel() == 0:  # a part of a sharded tensor may be empty
+            return reference.measure(G, projection, channel_dim)
+        if channel_dim == -1 and isinstance(projection, Tensor):
             return self._measure_wide(G, projection)
-        num, width = G.shape[channel_dim], G.shape[1 - channel_dim]
+        num, width = G.shape[channel_dim], G.shape[-3 - channel_dim]
         parts = [
             reference.measure(_float32(G.narrow(channel_dim, first, count), self._grad), projection, channel_dim)
-            for first, count in self._blocks(num, width, 1 if channel_dim == 0 else _NARROWEST)
+            for first, count in self._blocks(num, width, 1 if channel_dim == -2 else _NARROWEST)
         ]
         return torch.cat([R for R, _ in parts], channel_dim), torch.cat([G_sq for _, G_sq in parts])
 
     def _measure_wide(self, G: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+        """By blocks of rows, which lie together in memory."""
         R, G_sq = (torch.zeros(num, G.shape[1], device=G.device) for num in (P.shape[0], 1))
         for first, count in self._blocks(*G.shape):
             g = _float32(G.narrow(0, first, count), self._grad)
@@ -48,15 +61,27 @@ class Blocked:
             G_sq.add_(g.square().sum(0))
         return R, G_sq[0]
 
-    def apply(self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, key: int | None) -> None:
+    def square(self, G: Tensor) -> Tensor:
+        """As the reference, a block of elements at a time."""
+        blocks = (_float32(G.narrow(0, *block), self._grad) for block in self._blocks(G.numel(), 1))
+        return torch.stack([torch.zeros((), device=G.device), *(torch.dot(g, g) for g in blocks)]).double().sum()
+
+    def apply(
+        self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, live: Tensor, precision: Precision
+    ) -> None:
         """As the reference, a block of rows at a time."""
-        rows, cols = W.shape
-        for first, count in self._blocks(rows, cols):
-            here = W.narrow(0, first, count)
-            work = _work_copy(here, self._work)
-            grad = _float32(G.narrow(0, first, count), self._grad)
-            reference.descend(work, grad, eta_s.narrow(0, first, count) if len(eta_s) == rows else eta_s, decay)
-            store(here, work, key, first * cols, self._scratch)
+        if W.numel() == 0 or not live:  # free to ask on a CPU
+            return
+        rows, cols = W.shape[1:]
+        for i in range(len(W)):
+            eta = eta_s[i]
+            for first, count in self._blocks(rows, cols):
+                here = W[i].narrow(0, first, count)
+                precise = precision.of((i * rows + first) * cols, count * cols)
+                work = precise.read(_work_copy(here, self._work))
+                grad = _float32(G[i].narrow(0, first, count), self._grad)
+                reference.descend(work, grad, eta.narrow(0, first, count) if len(eta) == rows else eta, decay)
+                precise.write(here, work, self._scratch)
 
     def adamw(
         self,
@@ -64,34 +89,41 @@ class Blocked:
         G: Tensor,
         M: Tensor,
         V: Tensor,
+        live: Tensor,
+        precision: Precision,
+        moments: tuple[Precision, Precision],
         *,
         step: int,
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        key: int | None,
-    ) -> Tensor:
+        maximize: bool,
+    ) -> None:
         """As the reference, a block of elements at a time."""
-        blocks = list(self._blocks(W.numel(), 1))
-        sums = [torch.dot(g, g) for g in (_float32(G.narrow(0, *block), self._grad) for block in blocks)]
-        live = reference.is_live(torch.stack(sums))
-        for first, count in blocks:
+        if not live:
+            return
+        for first, count in self._blocks(W.numel(), 1):
             here, m, v = (x.narrow(0, first, count) for x in (W, M, V))
+            precise = precision.of(first, count)
+            m32, v32 = m.float(), v.float()
             work = reference.adamw_descend(
-                _work_copy(here, self._work),
+                precise.read(_work_copy(here, self._work)),
                 _float32(G.narrow(0, first, count), self._grad),
-                m,
-                v,
+                m32,
+                v32,
                 live,
                 step=step,
                 lr=lr,
                 betas=betas,
                 eps=eps,
                 weight_decay=weight_decay,
+                maximize=maximize,
             )
-            store(here, work, key, first, self._scratch)
-        return live
+            precise.write(here, work, self._scratch)
+            for stored, computed, how in zip((m, v), (m32, v32), moments, strict=True):
+                if stored is not computed:
+                    how.of(first, count).write(stored, computed, self._scratch)
 
     def _blocks(self, num: int, width: int, at_least: int = 1) -> Iterator[tuple[int, int]]:
         """(first, count) of the blocks that cut ``num`` slices of ``width`` elements each."""
@@ -110,3 +142,8 @@ def _float32(x: Tensor, scratch: Tensor) -> Tensor:
 def _work_copy(x: Tensor, scratch: Tensor) -> Tensor:
     """``x`` to compute on: itself where it is float32 (then the step is in place), else a copy in the scratch."""
     return _float32(x, scratch) if x.dtype != torch.float64 else x
+
+
+def _one(projection: Projection, index: int) -> Projection:
+    """The projection of one matrix of a stack: most have one for all."""
+    return projection[index] if isinstance(projection, Tensor) and projection.ndim == 3 else projection

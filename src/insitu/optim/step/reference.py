@@ -6,19 +6,22 @@ Zhu et al. 2024, "APOLLO: SGD-like Memory, AdamW-level Performance" (arXiv 2412.
     M_t  = beta1 M_{t-1} + (1 - beta1) R_t           Adam's moments, of R only                         adam_direction
     V_t  = beta2 V_{t-1} + (1 - beta2) R_t^2
     R~_t = M^_t / (sqrt(V^_t) + eps)                 ^ = bias-corrected
-    s_j  = |R~_t[:, j]| / |R_t[:, j]|                how much Adam would scale channel j               channel_scale
+    s_j  = |R~_t[:, j]| / |R_t[:, j]|                how much Adam would scale channel j               plan
            (Mini: one s = |R~_t| / |R_t| per tensor)
-    U_t  = alpha G_t diag(s)                         the raw gradient, scaled by channel               update_norm
+    U_t  = alpha G_t diag(s)                         the raw gradient, scaled by channel
     U_t <- U_t min(1, gamma |U_{t-1}| / |U_t|)       norm-growth limiter (equation 4)                  limit
     W_t  = (1 - eta lambda) W_{t-1} - eta U_t        decoupled decay                                   descend
 
 U is never formed: |U|^2 = alpha^2 sum_j s_j^2 |G_j|^2 follows from the sums of squares per channel, so a step is two
 passes over G (measure, descend) with small work between them: ``plan`` below is all but the second pass.
 
-Everything is a function of tensors and numbers; states change in place, and nothing is read back to the host. A
-gradient that is all zero must change nothing, which is why the 0-dim ``live`` (1.0 or 0.0) appears in the averages.
+Where a formula needs the whole of a tensor, ``plan`` yields (see :mod:`insitu.optim.exchange`): on one device the answer is
+the question, and a reader may skip the line. Everything is a function of tensors and numbers; states change in place, and
+nothing is read back to the host. A gradient that is all zero, or not finite, must change nothing, which is why the 0-dim
+``live`` (1.0 or 0.0) appears.
 
-Legend: G, W (rows, cols); R, M, V: (rows, r) where rows are channels (``channel_dim`` 0), else (r, cols); n channels.
+Legend: G, W (..., rows, cols); R, M, V: (..., rows, r) where rows are channels (``channel_dim`` -2), else (..., r, cols);
+n channels; ... is empty for a matrix, or the number of matrices of a stack.
 """
 
 from __future__ import annotations
@@ -28,22 +31,23 @@ from math import inf, sqrt
 import torch
 from torch import Tensor
 
-from insitu.optim.projection import Sketch, project
-from insitu.optim.rounding import store
+from insitu.optim.exchange import Gather, Plan, Scatter, Sum
+from insitu.optim.projection import Projection, project
+from insitu.optim.rounding import Precision
 from insitu.optim.step import Backend
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def measure(G: Tensor, projection: Tensor | Sketch, channel_dim: int) -> tuple[Tensor, Tensor]:
-    """R = P G, and |G_j|^2 of each channel, (n,); both float32."""
+def measure(G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """R = P G, and |G_j|^2 of each channel, (..., n); both float32."""
     G = G.float()
-    return project(G, projection, channel_dim), torch.linalg.vector_norm(G, dim=1 - channel_dim).square_()
+    return project(G, projection, channel_dim), torch.linalg.vector_norm(G, dim=-3 - channel_dim).square_()
 
 
 def is_live(G_sq: Tensor) -> Tensor:
-    """1.0 if any gradient entry is non-zero (NaN counts as such), else 0.0; 0-dim float32."""
-    return (G_sq.sum() != 0).float()
+    """1.0 if |G|^2 is finite and not zero, else 0.0; float32."""
+    return ((G_sq != 0) & G_sq.isfinite()).float()
 
 
 def adam_direction(
@@ -51,31 +55,22 @@ def adam_direction(
 ) -> Tensor:
     """Update the moments in place and return R~ = M^ / (sqrt(V^) + eps); ``step`` counts from 1."""
     beta1, beta2 = betas
+    R = torch.where(live > 0, R, 0.0)  # a NaN would survive the product with 0
     M.lerp_(R, (1 - beta1) * live)
     V.lerp_(R.square(), (1 - beta2) * live)
     denominator = (V / (1 - beta2**step)).sqrt_().add_(eps)
     return torch.div(M, denominator, out=denominator).div_(1 - beta1**step)
 
 
-def channel_scale(
-    R_tilde: Tensor, R: Tensor, G_sq: Tensor, channel_dim: int, *, granularity: str, denominator: str
-) -> Tensor:
-    """s per channel, (n,) float32; for granularity "tensor" one s, (1,).
+def ratio(above_sq: Tensor, below_sq: Tensor, *needed_sq: Tensor) -> Tensor:
+    """sqrt(above / below) in float32, and 0 where ``below`` or any of ``needed`` is 0.
 
-    s = 0 where |G_j| = 0 or |R_j| = 0: a row of an embedding that had a gradient once and has none now must neither
-    move nor become NaN. ``denominator="exact"`` divides by |G_j|, of which |R_j| is an estimate.
+    A row of an embedding that had a gradient once and has none now must neither move nor become NaN.
     """
-    numerator, R_sq = R_tilde.square().sum(1 - channel_dim), R.square().sum(1 - channel_dim)
-    if granularity == "tensor":
-        numerator, R_sq, G_sq = (x.sum().reshape(1) for x in (numerator, R_sq, G_sq))
-    below = R_sq if denominator == "projected" else G_sq
-    s = numerator.sqrt() / below.sqrt().clamp(min=_TINY)
-    return torch.where((G_sq == 0) | (R_sq == 0), 0.0, s)
-
-
-def update_norm(s: Tensor, G_sq: Tensor, alpha: float) -> Tensor:
-    """|U| = alpha |G diag(s)| before the limiter, without forming U; 0-dim."""
-    return (s.square() * G_sq).sum().sqrt() * alpha
+    s = above_sq.float().sqrt() / below_sq.float().sqrt().clamp(min=_TINY)
+    for square in (below_sq, *needed_sq):
+        s = torch.where(square.float() == 0, 0.0, s)
+    return s
 
 
 def limit(norm: Tensor, last: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -104,11 +99,11 @@ def plan(
     M: Tensor,
     V: Tensor,
     last_norm: Tensor,
-    projection: Tensor | Sketch,
+    projection: Projection,
     *,
     channel_dim: int,
     step: int,
-    lr: float,
+    lr: float | Tensor,
     alpha: float,
     betas: tuple[float, float],
     eps: float,
@@ -116,21 +111,39 @@ def plan(
     granularity: str,
     denominator: str,
     limiter: float | None,
+    maximize: bool,
     backend: Backend,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """All of one matrix's step but the change of W: M, V and ``last_norm`` (0-dim) in place.
+) -> Plan[tuple[Tensor, Tensor | None, Tensor]]:
+    """All of one step but the change of W. G is (b, rows, cols), b matrices; M, V and ``last_norm`` (b,) in place.
 
     Returns ``eta_s`` and ``decay`` as :func:`descend` takes them, and ``live``.
     """
+    side = -3 - channel_dim  # the projected one
     R, G_sq = backend.measure(G, projection, channel_dim)
-    live = is_live(G_sq)
+    R, G_sq = yield Scatter(R, G_sq, channel_dim)
+    R_sq = R.square().sum(side)
+
+    (G_total, R_total), (everything, _), _ = yield Sum(torch.stack([G_sq, R_sq]).double().sum(-1))
+    live = is_live(everything)
     R_tilde = adam_direction(R, M, V, live, step=step, betas=betas, eps=eps)
-    s = channel_scale(R_tilde, R, G_sq, channel_dim, granularity=granularity, denominator=denominator)
-    factor, norm = limit(update_norm(s, G_sq, alpha), last_norm, inf if limiter is None else limiter)
-    last_norm.copy_(norm)
-    eta_s = s * (factor * (lr * alpha))
+    numerator = R_tilde.square().sum(side)
+
+    if granularity == "tensor":
+        numerator, _ = yield Gather(numerator.double().sum(-1))
+        s = ratio(numerator, R_total if denominator == "projected" else G_total, R_total, G_total)
+        norm = s * G_total.float().sqrt()
+        s = s[:, None]
+    else:
+        s = ratio(numerator, R_sq if denominator == "projected" else G_sq, R_sq, G_sq)
+        norm_sq, s = yield Gather((s.square() * G_sq).double().sum(-1), s)
+        norm = norm_sq.float().sqrt()
+
+    factor, last = limit(norm * alpha, last_norm, inf if limiter is None else limiter)
+    last_norm.copy_(torch.where(live > 0, last, last_norm))
+    eta = -lr if maximize else lr
+    eta_s = torch.where(live > 0, s * (factor * (eta * alpha))[:, None], 0.0)
     decay = live * (lr * weight_decay) if weight_decay else None
-    return eta_s[:, None] if channel_dim == 0 else eta_s[None, :], decay, live
+    return eta_s.unsqueeze(side), decay, live
 
 
 def descend(work: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None) -> Tensor:
@@ -151,26 +164,33 @@ def adamw_descend(
     live: Tensor,
     *,
     step: int,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    maximize: bool,
 ) -> Tensor:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, Algorithm 2), in place on ``work``, M and V."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, Algorithm 2), in place on ``work``, M and V (float32)."""
     direction = adam_direction(G.float(), M, V, live, step=step, betas=betas, eps=eps)
     if weight_decay:
         work.mul_(1 - live * (lr * weight_decay))
-    return work.sub_(direction.mul_(live * lr))
+    return work.sub_(direction.mul_(live * (-lr if maximize else lr)))
 
 
 class Reference:
     """The backend that does each pass on whole tensors, in the words of this file."""
 
-    def measure(self, G: Tensor, projection: Tensor | Sketch, channel_dim: int) -> tuple[Tensor, Tensor]:
+    def measure(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
         return measure(G, projection, channel_dim)
 
-    def apply(self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, key: int | None) -> None:
-        store(W, descend(work_copy(W), G, eta_s, decay), key)
+    def square(self, G: Tensor) -> Tensor:
+        return G.float().square().sum(dtype=torch.float64)
+
+    def apply(
+        self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, live: Tensor, precision: Precision
+    ) -> None:
+        work = precision.read(work_copy(W))
+        precision.write(W, descend(work, torch.where(live > 0, G, 0.0), eta_s, decay))
 
     def adamw(
         self,
@@ -178,20 +198,26 @@ class Reference:
         G: Tensor,
         M: Tensor,
         V: Tensor,
+        live: Tensor,
+        precision: Precision,
+        moments: tuple[Precision, Precision],
         *,
         step: int,
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        key: int | None,
-    ) -> Tensor:
-        live = is_live(G.float().square())
+        maximize: bool,
+    ) -> None:
+        m, v = M.float(), V.float()  # M and V themselves if they are float32
         work = adamw_descend(
-            work_copy(W), G, M, V, live, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-        )
-        store(W, work, key)
-        return live
+            precision.read(work_copy(W)), G, m, v, live, step=step, lr=lr, betas=betas, eps=eps,
+            weight_decay=weight_decay, maximize=maximize,
+        )  # fmt: skip
+        precision.write(W, work)
+        for stored, computed, precise in zip((M, V), (m, v), moments, strict=True):
+            if stored is not computed:
+                precise.write(stored, computed)
 
 
 def work_copy(W: Tensor) -> Tensor:

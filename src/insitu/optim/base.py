@@ -1,0 +1,247 @@
+"""What the optimizers of this package have in common: parameters, state, and the two halves of a step.
+
+An optimizer says what one tensor does (``_plan``); here all tensors are carried through a step together, so that sharded ones
+need few collectives, and what a user gave is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from insitu.optim.counting import StepCounts
+from insitu.optim.exchange import Links, Plan, run
+from insitu.optim.rounding import Precision
+from insitu.optim.seeds import mix
+from insitu.optim.sharding import Part, distributed, local_gradient, local_of, part_of
+from insitu.optim.step import Backend, choose
+from insitu.optim.tensors import name_of, readable, refuse_unsuitable
+
+Write = Callable[[Backend], None]
+
+
+class Task(NamedTuple):
+    """One tensor in one step."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+    part: Part
+    gradient: Tensor  # of the part
+    done: int  # updates so far
+    state: dict[str, Any]
+    backend: Backend
+
+    def moments(self, *names: str) -> list[Tensor]:
+        """State tensors, the parts that are here, in float32: themselves where they are stored so."""
+        return [local_of(self.state[name]).float() for name in names]
+
+    def store_moments(self, computed: dict[str, Tensor]) -> None:
+        """Write back what :meth:`moments` gave, where that was a copy."""
+        for name, value in computed.items():
+            if (stored := local_of(self.state[name])).dtype != torch.float32:
+                self.moment_precision(name).write(stored, value.view(stored.shape))
+
+    def moment_precision(self, name: str) -> Precision:
+        """Stochastic: rounded to nearest in bf16, a second moment times 0.999 would be itself, and never decay."""
+        if self.state[name].dtype != torch.bfloat16:
+            return Precision()
+        salt = 1 + sum(name.encode())
+        return Precision(mix(self.state["seed"], self.done, salt), part_of(self.state[name], name).start)
+
+    @property
+    def precision(self) -> Precision:
+        """How the parameter is stored."""
+        p, how = self.part.tensor, self.group["rounding"]
+        if p.dtype == torch.bfloat16 and how == "stochastic":
+            return Precision(mix(self.state["seed"], self.done), self.part.start)
+        if "residual" in self.state:
+            return Precision(residual=local_of(self.state["residual"]))
+        return Precision()
+
+
+class TensorWise(Optimizer):
+    """A torch optimizer whose update is made tensor by tensor; the base of all optimizers of this package."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"params is a module ({type(params).__name__}); give insitu.param_groups(model), which finds the role of "
+                "each tensor, or model.parameters()"
+            )
+        self._check(defaults)
+        self._forget()
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start afresh with what follows from the state, and so is not in a copy or a checkpoint."""
+        self._counts = StepCounts()
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for the first bad option of a group."""
+        raise NotImplementedError
+
+    def _check_tensor(self, p: Tensor, group: dict[str, Any], name: str) -> None:
+        """Raise ValueError for a tensor that this optimizer cannot take."""
+
+    def _new_state(self, p: Tensor, group: dict[str, Any], part: Part, name: str) -> dict[str, Any]:
+        """What a tensor's state holds besides ``step``, ``skipped``, ``seed`` and ``residual``; all zero at the start."""
+        raise NotImplementedError
+
+    def _fits(self, p: Tensor, group: dict[str, Any], name: str, state: dict[str, Any]) -> bool:
+        """Whether ``state`` is of the shape that the options of the group ask for now."""
+        raise NotImplementedError
+
+    def _links(self, task: Task) -> Links:
+        """Over which process groups the tensor's sums go."""
+        return task.part.links
+
+    def _plan(self, task: Task) -> Plan[Write]:
+        """The first half of a step of one tensor; returns the second, which writes the weights.
+
+        The first row of its Sum is |G|^2. Where that is 0 or not finite, nothing may change.
+        """
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters. ``role`` ("matrix", "dense" or "adamw") says what its tensors are."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        offset = sum(len(other["params"]) for other in self.param_groups[:-1])
+        try:
+            self._check(group)
+            for i, p in enumerate(group["params"]):
+                name = name_of(group, i, offset + i)
+                refuse_unsuitable(p, name)
+                self._check_tensor(p, group, name)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the state keeps its own types: torch would cast the moments to the parameter's."""
+        seen: list[dict[str, Any]] = []  # the dict as the user's own hooks have left it
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self._forget()
+        saved = [index for group in seen[0]["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, params, strict=True):
+            for name, value in seen[0]["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(device=p.device, copy=True).contiguous()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every tensor that has a gradient; ``closure`` recomputes and returns the loss.
+
+        Raises:
+            ValueError: a gradient that is not finite, unless ``nonfinite="skip"``. On a CPU before anything has changed; other
+                devices are not waited for, so there at the next step, and the tensor itself was left alone.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.prepare()()
+        return loss
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], None]:
+        """The first half of a step: moments and scaling factors, from the gradients alone. No weight changes.
+
+        Returns the second half, which writes the weights. Call it once, before the gradients change; if it is never called,
+        the moments have still moved. For whoever must stop readers of the weights while they are written, and no longer.
+        """
+        backends = _Backends()
+        tasks: list[Task] = []
+        position = 0
+        for group in self.param_groups:
+            self._check(group)
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.numel():
+                    tasks.append(self._task(p, p.grad, group, name_of(group, i, position), position, backends))
+                position += 1
+        squares: dict[int, Tensor] = {}
+
+        def inspect(i: int, totals: Tensor) -> None:
+            task, square = tasks[i], totals[0]
+            squares[i] = square
+            if readable(square) and not square.isfinite():
+                _refuse_nonfinite(task)
+
+        writes = run([self._plan(task) for task in tasks], [self._links(task) for task in tasks], inspect)
+
+        @torch.no_grad()
+        def write() -> None:
+            fresh = _Backends()  # the number of threads may be another by now
+            for i, (task, write_tensor) in enumerate(zip(tasks, writes, strict=True)):
+                write_tensor(fresh.of(task.group, task.part.tensor))
+                finite, square = squares[i].isfinite(), squares[i]
+                task.state["step"].add_(finite & (square != 0))
+                task.state["skipped"].add_(~finite)
+            self._counts.observe({task.parameter: task.state for task in tasks})
+
+        return write
+
+    def _task(
+        self, p: Tensor, grad: Tensor, group: dict[str, Any], name: str, position: int, backends: _Backends
+    ) -> Task:
+        refuse_unsuitable(p, name)
+        refuse_unsuitable(grad, f"the gradient of {name}")
+        part = part_of(p, name)
+        state = self.state[p]
+        if not self._fits(p, group, name, state):  # none yet, or of another rank: it means nothing in the new space
+            seed = state.get("seed", mix(group["seed"], position))
+            state.clear()
+            for count in ("step", "skipped"):
+                state[count] = torch.zeros((), dtype=torch.int64, device=p.device)
+            state.update(seed=seed, **self._new_state(p, group, part, name))
+        if group["rounding"] == "compensated" and p.dtype in (torch.bfloat16, torch.float16):
+            if "residual" not in state:
+                residual = torch.zeros_like(part.tensor, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+                state["residual"] = distributed(residual, part.shape, part, part.placements)
+        else:
+            state.pop("residual", None)
+        task = Task(p, group, name, part, local_gradient(p, grad), 0, state, backends.of(group, part.tensor))
+        done, newly_skipped = self._counts.read(p, state)
+        if newly_skipped:
+            _refuse_nonfinite(task)
+        return task._replace(done=done)
+
+
+class _Backends:
+    """The backends of one half of a step, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, torch.device], Backend] = {}
+
+    def of(self, group: dict[str, Any], p: Tensor) -> Backend:
+        chosen = group["backend"], p.device
+        if chosen not in self._made:
+            self._made[chosen] = choose(*chosen)
+        return self._made[chosen]
+
+
+def _refuse_nonfinite(task: Task) -> None:
+    if task.group["nonfinite"] == "error":
+        raise ValueError(
+            f"the gradient of {task.name} is not finite (NaN or infinity, or a norm beyond 1e19): expected finite numbers; the "
+            "tensor was not changed. Find the cause (a bad batch, a learning rate that is too high), or set nonfinite='skip' "
+            "to leave such a tensor out of the step and count it in its state"
+        )
