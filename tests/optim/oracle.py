@@ -28,6 +28,8 @@ class Apollo:
     beta2: float = 0.999
     eps: float = 1e-8
     decay: float = 0.0
+    maximize: bool = False
+    freeze: bool = True  # a gradient that is all zero changes nothing; not so for one matrix of a stack
     t: int = 0
     last: float = 0.0
     M: Array | None = None
@@ -37,7 +39,7 @@ class Apollo:
     def step(self, gradient: Array) -> None:
         turned = self.W.shape[0] >= self.W.shape[1]
         G = gradient.T if turned else gradient
-        if not G.any():
+        if self.freeze and not G.any():
             return
         P = self.projections[self.t // self.refresh]
         self.t += 1
@@ -51,7 +53,7 @@ class Apollo:
         below = G if self.exact else R
         U = np.zeros_like(G)
         alpha = np.sqrt(m / r) if self.alpha is None else self.alpha
-        whole = np.linalg.norm(direction) / np.linalg.norm(below)
+        whole = np.linalg.norm(direction) / np.linalg.norm(below) if below.any() else 0.0
         for j in range(G.shape[1]):
             if np.linalg.norm(G[:, j]) == 0 or np.linalg.norm(R[:, j]) == 0:
                 s = whole if self.tensorwise else 0.0
@@ -66,7 +68,16 @@ class Apollo:
             self.last = norm
         self.norms.append(norm)
         U = U.T if turned else U
-        self.W = (1 - self.lr * self.decay) * self.W - self.lr * U
+        self.W = (1 - self.lr * self.decay) * self.W + (self.lr if self.maximize else -self.lr) * U
+
+
+def singular(gradient: Array, rank: int) -> Array:
+    """The paper's SVD projection: the first singular vectors of the smaller side, by an eigendecomposition. The largest entry
+    of each is positive."""
+    G = gradient.T if gradient.shape[0] >= gradient.shape[1] else gradient
+    _, vectors = np.linalg.eigh(G @ G.T)
+    rows = [vectors[:, -1 - i] for i in range(min(rank, len(G)))]
+    return np.stack([row * np.sign(row[np.argmax(np.abs(row))]) for row in rows])
 
 
 def adamw(W: Array, gradients: list[Array], lr: float, decay: float = 0.0) -> Array:

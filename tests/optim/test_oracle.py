@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Apollo, adamw
+from oracle import Apollo, adamw, singular
 
 from insitu import APOLLO, APOLLOMini
 from insitu.optim.projection import Sketch, layout, make
@@ -31,6 +31,17 @@ def dense(kind: str, seed: int, index: int, rows: int, cols: int, rank: int) -> 
     return P
 
 
+def of_refresh(
+    kind: str, seed: int, index: int, shape: tuple[int, int], rank: int, gradients: list[np.ndarray], refresh: int
+) -> np.ndarray:
+    if kind != "svd":
+        return dense(kind, seed, index, *shape, rank)
+    first = min(index * refresh, len(gradients) - 1)
+    if not gradients[first].any():  # it keeps what it has
+        return of_refresh(kind, seed, index - 1, shape, rank, gradients, refresh)
+    return singular(gradients[first].astype(np.float32).astype(np.float64), rank)
+
+
 def run_both(
     shape: tuple[int, int],
     gradients: list[np.ndarray],
@@ -49,7 +60,7 @@ def run_both(
     seed = mix(5, 0)
     oracle = Apollo(
         W.detach().double().numpy(),
-        {i: dense(kind, seed, i, *shape, rank) for i in range(len(gradients))},
+        {i: of_refresh(kind, seed, i, shape, rank, gradients, refresh) for i in range(len(gradients))},
         refresh=refresh,
         tensorwise=options.get("granularity") == "tensor",
         exact=options.get("denominator") == "exact",
@@ -59,6 +70,7 @@ def run_both(
         beta1=options.get("betas", (0.9, 0.999))[0],
         beta2=options.get("betas", (0.9, 0.999))[1],
         eps=options.get("eps", 1e-8),
+        maximize=options.get("maximize", False),
     )
     for gradient in gradients:
         W.grad = torch.tensor(gradient, dtype=torch.float32)
@@ -79,7 +91,7 @@ def assert_agree(W: np.ndarray, oracle: Apollo) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["gaussian", "sketch"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sketch", "svd"])
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 def test_every_shape_and_projection_on_every_backend(shape: tuple[int, int], kind: str, backend: str) -> None:
     W, oracle, optimizer = run_both(shape, some_gradients(shape), kind=kind, backend=backend)
@@ -101,6 +113,8 @@ def test_every_shape_and_projection_on_every_backend(shape: tuple[int, int], kin
         {"weight_decay": 0.3},
         {"betas": (0.8, 0.9)},
         {"eps": 1e-2},
+        {"maximize": True},
+        {"maximize": True, "weight_decay": 0.3},
         {"rank": 100},
         {"rank": 1, "granularity": "channel"},
         {"granularity": "tensor", "denominator": "exact", "limiter": None},
@@ -113,6 +127,45 @@ def test_every_option(options: dict[str, Any], shape: tuple[int, int]) -> None:
     assert_agree(W, oracle)
     plain, _, _ = run_both(shape, some_gradients(shape))
     assert np.abs(W - plain).max() > 1e-4, "the option had no effect: this test would pass without it"
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sketch", "svd"])
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"denominator": "exact"}], ids=str)
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_a_stack_is_so_many_matrices_of_one_projection(
+    kind: str, options: dict[str, Any], shape: tuple[int, int], backend: str
+) -> None:
+    rng = np.random.default_rng(6)
+    num, start = 3, rng.standard_normal((3, *shape))
+    W = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    grads = [rng.standard_normal((num, *shape)) * (1 + i % 3) for i in range(7)]
+    grads[4][1] = 0.0  # an expert without tokens, beside others with some
+    optimizer = APOLLO(
+        [W], lr=1e-2, rank=3, refresh=4, projection=kind, seed=5, weight_decay=0.1, backend=backend, **options
+    )
+    oracles = [
+        Apollo(
+            W[i].detach().double().numpy(),
+            {k: of_refresh(kind, mix(5, 0), k, shape, 3, [g[i] for g in grads], 4) for k in range(2)},
+            refresh=4,
+            decay=0.1,
+            tensorwise="granularity" in options,
+            exact="denominator" in options,
+            freeze=False,
+        )
+        for i in range(num)
+    ]
+    for g in grads:
+        W.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.step()
+        for i, oracle in enumerate(oracles):
+            oracle.step(W.grad[i].double().numpy())
+    expected = np.stack([oracle.W for oracle in oracles])
+    np.testing.assert_allclose(W.detach().numpy(), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    (state,) = optimizer.state.values()
+    assert state["exp_avg"].shape == (num, *((9, 3) if shape == (9, 6) else (3, 9)))
+    np.testing.assert_allclose(state["update_norm"].numpy(), [oracle.last for oracle in oracles], rtol=1e-4)
 
 
 def test_blocks_smaller_than_a_matrix_change_nothing() -> None:
@@ -192,7 +245,7 @@ def test_the_limiter_remembers_across_a_zero_gradient() -> None:
     rows=st.integers(1, 20),
     cols=st.integers(1, 20),
     rank=st.integers(1, 8),
-    kind=st.sampled_from(["gaussian", "sketch"]),
+    kind=st.sampled_from(["gaussian", "rademacher", "sketch"]),
     tensorwise=st.booleans(),
     exact=st.booleans(),
     limited=st.booleans(),

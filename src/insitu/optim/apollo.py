@@ -220,12 +220,15 @@ class APOLLO(TensorWise):
         group, parts, precision = task.group, split(task.part, size, task.name), task.precision
         G = task.gradient.reshape(parts.local)
         M, V = task.moments("exp_avg", "exp_avg_sq")
+        vectors = _singular(task, size) if group["projection"] == "svd" else None
         eta_s, decay, live = yield from plan(
             G,
             M.view(len(G), *M.shape[-2:]),
             V.view(len(G), *V.shape[-2:]),
             local_of(task.state["update_norm"]).view(-1),
-            self._projection(task, size, parts),
+            self._random(task, size, parts)
+            if vectors is None
+            else narrow(vectors.narrow(0, *parts.stack), *parts.projected),
             channel_dim=size.channel_dim,
             alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
             granularity=_granularity(group),
@@ -235,6 +238,8 @@ class APOLLO(TensorWise):
             **_common(task),
         )
         task.store_moments({"exp_avg": M, "exp_avg_sq": V})
+        if vectors is not None:
+            task.state["projection"] = torch.where(live > 0, vectors, task.state.get("projection", vectors))
 
         def write(backend: Backend) -> None:
             W = task.part.tensor.contiguous()
@@ -244,18 +249,10 @@ class APOLLO(TensorWise):
 
         return write
 
-    def _projection(self, task: Task, size: Layout, parts: Split) -> Projection:
-        kind, state, refresh = task.group["projection"], task.state, task.group["refresh"]
-        if kind != "svd":
-            state.pop("projection", None)
-            index = task.done // refresh
-            return self._projections.get(task.parameter, kind, state["seed"], index, size, parts.projected)
-        if task.done % refresh == 0 or "projection" not in state:
-            assert task.parameter.grad is not None
-            whole = whole_of(task.parameter.grad).nan_to_num()  # a NaN is dealt with later, by name
-            state["projection"] = singular_vectors(whole.reshape(size.stack or 1, size.rows, size.cols), size)
-        first, num = parts.stack
-        return narrow(state["projection"].narrow(0, first, num), *parts.projected)
+    def _random(self, task: Task, size: Layout, parts: Split) -> Projection:
+        kind, index = task.group["projection"], task.done // task.group["refresh"]
+        task.state.pop("projection", None)
+        return self._projections.get(task.parameter, kind, task.state["seed"], index, size, parts.projected)
 
 
 class APOLLOMini(APOLLO):
@@ -271,6 +268,19 @@ class APOLLOMini(APOLLO):
                 "use APOLLO(rank=..., granularity='tensor')"
             )
         super().__init__(params, lr, rank=1, **options)
+
+
+def _singular(task: Task, size: Layout) -> Tensor:
+    """The projections of "svd", (b, r, m): those of the state, or at a refresh the gradient's singular vectors."""
+    known = task.state.get("projection")
+    if known is not None and task.done % task.group["refresh"]:
+        return known  # type: ignore[no-any-return]
+    assert task.parameter.grad is not None
+    whole = whole_of(task.parameter.grad).nan_to_num()  # a NaN is refused later, by name
+    whole = whole.reshape(size.stack or 1, size.rows, size.cols)
+    fresh = singular_vectors(whole, size)
+    # A matrix of a stack that has no gradient now keeps what it has.
+    return fresh if known is None else torch.where(whole.any(-1).any(-1)[:, None, None], fresh, known)
 
 
 def _common(task: Task) -> dict[str, Any]:

@@ -110,11 +110,14 @@ def singular_vectors(G: Tensor, size: Layout) -> Tensor:
     """The first r singular vectors of the projected side of each matrix, as orthonormal rows: (..., r, m) float32.
 
     ``G`` is (..., rows, cols). The paper's "APOLLO w. SVD". P^T P keeps the largest part of G and not its mean, so here
-    ``alpha="auto"`` gives updates somewhat larger than AdamW's.
+    ``alpha="auto"`` gives updates somewhat larger than AdamW's. The largest entry of each vector is made positive: moments
+    outlive a projection, so a sign must not depend on who computed it.
     """
     turned = G.float() if size.channel_dim == -1 else G.float().mT
     vectors: Tensor = torch.linalg.svd(turned, full_matrices=False)[0]
-    return vectors[..., : size.rank].mT.contiguous()
+    P = vectors[..., : size.rank].mT
+    largest = P.gather(-1, P.abs().argmax(-1, keepdim=True))
+    return torch.where(largest < 0, -P, P).contiguous()
 
 
 def narrow(projection: Projection, first: int, count: int) -> Projection:
