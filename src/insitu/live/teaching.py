@@ -20,6 +20,7 @@ from insitu.data.chat import Example
 from insitu.data.loss import example_loss, kl_to_reference, reference_logprobs
 from insitu.live.config import TeachConfig
 from insitu.optim import APOLLO, APOLLOMini, param_groups
+from insitu.optim.projection import matrix_shape
 
 _MICRO_BATCH = 8  # examples in one forward, at most
 _MICRO_BATCH_TOKENS = 4096  # and tokens, padding counted, unless a single example is longer
@@ -139,7 +140,8 @@ def _capped(groups: Sequence[dict[str, Any]], config: TeachConfig) -> Iterator[d
             continue
         by_side: dict[int, list[int]] = {}
         for i, parameter in enumerate(group["params"]):
-            by_side.setdefault(min(parameter.shape[0], parameter[0].numel()), []).append(i)
+            _, *sides = matrix_shape(parameter.shape, conv=bool(group.get("conv")))
+            by_side.setdefault(min(sides), []).append(i)
         for side, members in by_side.items():
             yield {
                 **group,
