@@ -93,9 +93,10 @@ class TeachingRun:
         share = min(1.0, self._step / (self.config.warmup_steps + 1))
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * share
-        self._second_half = self._optimizer.prepare()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return Prepared(loss, anchor_kl, float(torch.nn.utils.get_total_norm(gradients)))
+        prepared = Prepared(loss, anchor_kl, float(torch.nn.utils.get_total_norm(gradients)))
+        self._second_half = self._optimizer.prepare() if prepared.finite else _nothing
+        return prepared
 
     def write(self) -> None:
         """Change the weights in place, as :meth:`prepare` has worked it out."""
