@@ -141,6 +141,23 @@ def test_a_conversation_that_arrives_in_pieces_is_remembered_whole(world: World)
     assert found.key == digest(KEYS.api.encode())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_can_be_corrected_by_whoever_has_just_read_its_end(world: World, stream: bool) -> None:
+    stored_before: list[tuple[bytes, bool]] = []
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            found = world.store.completion(ID)
+            stored_before.append((message["body"], found is not None and found.text.endswith("ötter")))
+
+    asyncio.run(asyncio.wait_for(world.asgi(ask(stream=stream), send), 20))
+    ends = [
+        stored for body, stored in stored_before if not stream or b'"finish_reason": "' in body or b"[DONE]" in body
+    ]
+    assert len(ends) == (2 if stream else 1), stored_before
+    assert all(ends), stored_before
+
+
 # -- streams that are cut off ------------------------------------------------------------------------------------------
 def test_a_user_who_hangs_up_in_the_middle_may_correct_what_was_said_until_then(world: World) -> None:
     gone = asyncio.Event()

@@ -7,7 +7,7 @@ writes them where the embedded server has them: the header ``x-weight-version``,
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -86,15 +86,19 @@ class Answers:
         if scope["type"] != "http" or scope["method"] != "POST" or path not in ROUTES:
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send, self._version)
         asked = _Asked(receive)
+
+        async def finish(note: Note) -> None:
+            if path == CHAT and note.id and note.text:
+                await self._remember(scope, asked.body, note)
+
+        answer = _Answer(send, self._version, finish)
         token = _NOTE.set(answer.note)
         try:
             await self.app(scope, asked.receive, answer.send)
         finally:
             _NOTE.reset(token)
-        if path == CHAT and answer.note.id and answer.note.text:
-            await self._remember(scope, asked.body, answer.note)
+        await answer.finish()  # the user has seen enough and hung up
 
     async def _remember(self, scope: Scope, body: bytes, note: Note) -> None:
         key = Headers(scope=scope)["authorization"].partition(" ")[2].strip()
@@ -121,12 +125,18 @@ class _Asked:
 
 
 class _Answer:
-    """One response on its way out. The start is held back until the first piece of the body, when more is known."""
+    """One response on its way out. The start is held back until the first piece of the body, when more is known.
 
-    def __init__(self, send: Send, version: Callable[[], str]) -> None:
+    ``finish`` is called once, before the last piece of the answer goes out: who has read it may correct it at once.
+    """
+
+    def __init__(self, send: Send, version: Callable[[], str], finish: Callable[[Note], Awaitable[None]]) -> None:
         self.note = Note()
         self._send = send
         self._version = version
+        self._finish = finish
+        self._complete = False  # the answer, though more events may follow
+        self._finished = False
         self._start: MutableMapping[str, Any] | None = None
         self._stream = False
 
@@ -143,9 +153,16 @@ class _Answer:
                 if "content-length" in headers and not message.get("more_body"):
                     headers["content-length"] = str(len(body))
                 await self._send(start)
+            if self._complete or not message.get("more_body"):
+                await self.finish()
             await self._send({**message, "body": body})
         else:
             await self._send(message)
+
+    async def finish(self) -> None:
+        if not self._finished:
+            self._finished = True
+            await self._finish(self.note)
 
     def _whole(self, message: Message) -> bytes:
         body: bytes = message.get("body", b"")
@@ -174,3 +191,4 @@ class _Answer:
         for choice in choices:
             if isinstance(choice, dict) and choice.get("index") == 0:
                 self.note.text += (choice.get(part) or {}).get("content") or ""
+                self._complete |= choice.get("finish_reason") is not None
