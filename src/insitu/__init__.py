@@ -7,12 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from insitu.optim import APOLLO, APOLLOMini, param_groups
+    from insitu.optim import APOLLO, APOLLOMini, ApolloQN, ApolloQNW, param_groups
 
 __version__ = "0.1.0"
-__all__ = ["APOLLO", "APOLLOMini", "__version__", "param_groups"]
+__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "__version__", "param_groups"]
 
-_HOMES = {"APOLLO": "insitu.optim", "APOLLOMini": "insitu.optim", "param_groups": "insitu.optim"}
+_HOMES = {
+    "APOLLO": "insitu.optim",
+    "APOLLOMini": "insitu.optim",
+    "ApolloQN": "insitu.optim",
+    "ApolloQNW": "insitu.optim",
+    "param_groups": "insitu.optim",
+}
 
 
 def __getattr__(name: str) -> Any:

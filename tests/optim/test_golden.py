@@ -29,6 +29,10 @@ OPTIMIZERS: dict[str, Make] = {
     ),
     "APOLLO svd": lambda m: insitu.APOLLO(insitu.param_groups(m), lr=1e-2, rank=8, refresh=20, projection="svd"),
     "APOLLO-Mini": lambda m: insitu.APOLLOMini(insitu.param_groups(m), lr=1e-2, refresh=20),
+    "ApolloQN": lambda m: insitu.ApolloQN(m.parameters(), lr=0.05, warmup=10),
+    "ApolloQNW belief": lambda m: insitu.ApolloQNW(
+        m.parameters(), lr=0.05, warmup=10, rebound="belief", weight_decay=1e-3
+    ),
     "APOLLO bf16": lambda m: insitu.APOLLO(
         insitu.param_groups(m.bfloat16()), lr=1e-2, rank=8, refresh=20, moments="bfloat16"
     ),

@@ -1,8 +1,8 @@
 """Beside apollo-torch as a black box, where somebody has installed it (CC-BY-NC: never a dependency, no line of it here).
 
 It stores its Gaussian projections, so they are read from its state and given to ours. What must differ is kept apart: it
-corrects the bias after the limiter (so the limiter is compared with betas of 0, where nothing is corrected), and adds eps to the
-uncorrected root and 1e-8 to every norm.
+corrects the bias after the limiter (so the limiter is compared with betas of 0, where nothing is corrected), adds eps to the
+uncorrected root, and 1e-8 to every norm.
 """
 
 from typing import Any

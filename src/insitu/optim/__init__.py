@@ -2,5 +2,6 @@
 
 from insitu.optim.apollo import APOLLO, APOLLOMini
 from insitu.optim.groups import param_groups
+from insitu.optim.quasi_newton import ApolloQN, ApolloQNW
 
-__all__ = ["APOLLO", "APOLLOMini", "param_groups"]
+__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "param_groups"]

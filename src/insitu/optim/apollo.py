@@ -28,7 +28,7 @@ from insitu.optim.projection import (
 from insitu.optim.sharding import Part, Split, distributed, local_of, split, whole_of
 from insitu.optim.step import Backend
 from insitu.optim.step.reference import auto_alpha, is_live, plan
-from insitu.optim.tensors import refuse_flattened
+from insitu.optim.tensors import name_of, refuse_flattened
 
 _log = logging.getLogger(__name__)
 
@@ -157,6 +157,8 @@ class APOLLO(TensorWise):
 
     def _check(self, group: dict[str, Any]) -> None:
         options.check_apollo(group)
+        if group.get("params") and group.get("matrices") and all(p.ndim < 2 for p in group["params"]):
+            refuse_flattened(name_of(group, 0, 0), group["params"][0].shape)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. ``role`` ("matrix", "dense" or "adamw") says what its tensors are."""
@@ -164,6 +166,9 @@ class APOLLO(TensorWise):
         if group.get("role") == "dense":
             group.setdefault("limiter", None)
         super().add_param_group(group)
+        added = self.param_groups[-1]
+        if added.get("role") in (None, "matrix"):  # remembered, to notice when a wrapper has made vectors of them
+            added["matrices"] = any(p.ndim >= 2 for p in added["params"])
 
     def _check_tensor(self, p: Tensor, group: dict[str, Any], name: str) -> None:
         size = _layout(p, group, name)
@@ -217,7 +222,7 @@ class APOLLO(TensorWise):
         return _plan_sgd(task) if _sgd(task.group) else _plan_adamw(task)
 
     def _plan_matrix(self, task: Task, size: Layout) -> Plan[Write]:
-        group, parts, precision = task.group, split(task.part, size, task.name), task.precision
+        group, parts = task.group, split(task.part, size, task.name)
         G = task.gradient.reshape(parts.local)
         M, V = task.moments("exp_avg", "exp_avg_sq")
         vectors = _singular(task, size) if group["projection"] == "svd" else None
@@ -243,7 +248,7 @@ class APOLLO(TensorWise):
 
         def write(backend: Backend) -> None:
             W = task.part.tensor.contiguous()
-            backend.apply(W.view(parts.local), G, eta_s, decay, live, precision)
+            backend.apply(W.view(parts.local), G, eta_s, decay, live, task.precision)
             if W is not task.part.tensor:
                 task.part.tensor.copy_(W)
 
@@ -290,7 +295,7 @@ def _common(task: Task) -> dict[str, Any]:
 
 def _plan_adamw(task: Task) -> Plan[Write]:
     """What is not projected: AdamW, element by element."""
-    G, precision = task.gradient.reshape(-1), task.precision
+    G = task.gradient.reshape(-1)
     _, (square,), _ = yield Sum(task.backend.square(G).view(1, 1))
     live = is_live(square)
 
@@ -298,7 +303,7 @@ def _plan_adamw(task: Task) -> Plan[Write]:
         W = task.part.tensor.contiguous()
         M, V = (local_of(task.state[name]).view(-1) for name in ("exp_avg", "exp_avg_sq"))
         how = (task.moment_precision("exp_avg"), task.moment_precision("exp_avg_sq"))
-        backend.adamw(W.view(-1), G, M, V, live, precision, how, **_common(task))
+        backend.adamw(W.view(-1), G, M, V, live, task.precision, how, **_common(task))
         if W is not task.part.tensor:
             task.part.tensor.copy_(W)
 
@@ -307,7 +312,7 @@ def _plan_adamw(task: Task) -> Plan[Write]:
 
 def _plan_sgd(task: Task) -> Plan[Write]:
     """Plain SGD with decoupled decay, and no state: G times eta."""
-    group, precision = task.group, task.precision
+    group = task.group
     G = task.gradient.reshape(1, -1, 1)
     _, (square,), _ = yield Sum(task.backend.square(G.view(-1)).view(1, 1))
     live = is_live(square)
@@ -316,7 +321,7 @@ def _plan_sgd(task: Task) -> Plan[Write]:
 
     def write(backend: Backend) -> None:
         W = task.part.tensor.contiguous()
-        backend.apply(W.view(G.shape), G, eta.view(1, 1, 1), decay, live, precision)
+        backend.apply(W.view(G.shape), G, eta.view(1, 1, 1), decay, live, task.precision)
         if W is not task.part.tensor:
             task.part.tensor.copy_(W)
 

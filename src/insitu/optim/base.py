@@ -93,7 +93,7 @@ class TensorWise(Optimizer):
         """Raise ValueError for a tensor that this optimizer cannot take."""
 
     def _new_state(self, p: Tensor, group: dict[str, Any], part: Part, name: str) -> dict[str, Any]:
-        """What a tensor's state holds besides ``step``, ``skipped``, ``seed`` and ``residual``; all zero at the start."""
+        """What a tensor's state holds besides ``step``, ``skipped``, ``seed`` and ``residual``."""
         raise NotImplementedError
 
     def _fits(self, p: Tensor, group: dict[str, Any], name: str, state: dict[str, Any]) -> bool:

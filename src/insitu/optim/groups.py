@@ -124,7 +124,7 @@ def _describe(group: dict[str, Any]) -> Iterator[str]:
     num = len(group["params"])
     elements = sum(p.numel() for p in group["params"])
     plural = "tensor " if num == 1 else "tensors"
-    yield f"{group['role']:<7}{num:>3} {plural}{elements:>7} elements"
+    yield f"{group['role']:<7}{num:>3} {plural} {elements:>6} elements"
     families = Counter(
         (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tuple(p.shape))
         for name, p in zip(group["param_names"], group["params"], strict=True)

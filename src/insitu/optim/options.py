@@ -100,3 +100,41 @@ def check_apollo(group: dict[str, Any]) -> None:
         _number("alpha", group["alpha"], 0, "a finite number > 0, or 'auto' for sqrt(m / r)", open_=True)
     if group["limiter"] is not None:
         _number("limiter", group["limiter"], 1, "a finite number >= 1 such as 1.01, or None to turn it off")
+
+
+# What other implementations of Ma's Apollo call it, and what belongs to the other method of that name.
+_FOREIGN_TO_QUASI_NEWTON = {
+    "betas": "there is one average: use beta=",
+    "weight_decay_type": "use decay='l2', 'decoupled' or 'stable'",
+    "weight_decouple": "use decay='decoupled', or ApolloQNW",
+    "warmup_steps": "use warmup=",
+    "warmup_init_lr": "use init_lr=",
+    "foreach": "there is one way, the same on every device",
+    "rank": "that is another method of the same name, APOLLO (Zhu et al. 2024): use insitu.APOLLO",
+}
+
+
+def refuse_unknown_quasi_newton(names: dict[str, Any], known: dict[str, Any]) -> None:
+    """TypeError for the first option in ``names``, none of which ApolloQN has."""
+    for name, value in names.items():
+        way_out = _FOREIGN_TO_QUASI_NEWTON.get(name, f"expected one of {', '.join(known)}")
+        raise TypeError(f"unexpected option {name}={value!r}: {way_out}")
+
+
+def check_quasi_newton(group: dict[str, Any]) -> None:
+    """Raise ValueError for the first bad option of a group of ApolloQN (all defaults filled in)."""
+    for name in group.keys() & _FOREIGN_TO_QUASI_NEWTON.keys():
+        raise ValueError(f"unexpected option {name}={group[name]!r} in a group: {_FOREIGN_TO_QUASI_NEWTON[name]}")
+    check_common(group)
+    _number("eps", group["eps"], 0, "a finite number > 0, such as 1e-4: the first step divides by it", open_=True)
+    _number("sigma", group["sigma"], 0, "a finite number > 0, such as 0.01", open_=True)
+    _number("beta", group["beta"], 0, "a number in [0, 1), such as 0.9", below=1)
+    _number("init_lr", group["init_lr"], 0, "a finite number >= 0, such as 1e-5")
+    warmup = group["warmup"]
+    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
+        raise ValueError(
+            f"warmup={warmup!r}: expected an integer >= 0, a number of updates such as 500; 0 turns it off"
+        )
+    for name, choices in (("rebound", ("constant", "belief")), ("decay", ("l2", "decoupled", "stable"))):
+        if group[name] not in choices:
+            raise ValueError(f"{name}={group[name]!r}: expected one of {', '.join(map(repr, choices))}")
