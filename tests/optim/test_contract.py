@@ -32,9 +32,9 @@ OPTIMIZERS: dict[str, Make] = {
     "APOLLO sketch, bf16 moments": quietly(APOLLO, lr=1e-2, rank=3, refresh=2, projection="sketch", moments="bfloat16"),
     "APOLLO compensated": quietly(APOLLO, lr=1e-2, rank=3, rounding="compensated"),
     "APOLLOMini": quietly(APOLLOMini, lr=1e-2, refresh=2),
-    "ApolloQN": quietly(ApolloQN, lr=0.05, warmup=0),
-    "ApolloQN belief, bf16": quietly(ApolloQN, lr=0.05, warmup=0, rebound="belief", moments="bfloat16"),
-    "ApolloQNW": quietly(ApolloQNW, lr=0.05, warmup=2, weight_decay=1e-3),
+    "ApolloQN": quietly(ApolloQN, lr=0.01, warmup=0),
+    "ApolloQN belief, bf16": quietly(ApolloQN, lr=0.01, warmup=0, rebound="belief", moments="bfloat16"),
+    "ApolloQNW": quietly(ApolloQNW, lr=0.01, warmup=2, weight_decay=1e-3),
 }
 OURS = [name for name in OPTIMIZERS if name != "AdamW"]
 
@@ -100,10 +100,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_learns(make: Make, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+def test_it_learns(make: Make, dtype: torch.dtype) -> None:
     m = model(dtype)
-    warmup = {"warmup": 20} if "QN" in request.node.name else {}  # without it a quasi-Newton method diverges here
-    losses = train(m, make(m.parameters(), **warmup), range(60))
+    losses = train(m, make(m.parameters()), range(60))
     assert losses[-1] < 0.5 * losses[0]
 
 
