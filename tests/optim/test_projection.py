@@ -17,7 +17,7 @@ def test_the_smaller_side_is_projected_and_a_square_keeps_its_rows() -> None:
     assert layout(3, 8, 100).rank == 3
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "sketch"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sketch"])
 @pytest.mark.parametrize(("m", "rank"), [(12, 3), (13, 4), (5, 5), (7, 1)])
 def test_the_expectation_of_p_transposed_p_is_the_identity(kind: str, m: int, rank: int) -> None:
     num = 4000
@@ -38,7 +38,7 @@ def test_sketch_buckets_are_balanced_and_signs_fair(m: int, rank: int) -> None:
     assert sizes.max() - sizes.min() <= 1
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "sketch"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sketch"])
 def test_a_projection_is_a_function_of_seed_and_refresh_index(kind: str) -> None:
     def of(seed: int, index: int) -> torch.Tensor:
         torch.manual_seed(torch.seed())  # the global generator must not matter
@@ -49,7 +49,7 @@ def test_a_projection_is_a_function_of_seed_and_refresh_index(kind: str) -> None
     assert not torch.equal(of(1, 0), of(1, 1))
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "sketch"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sketch"])
 def test_both_orientations_agree(kind: str) -> None:
     P = make(kind, 3, 0, layout(9, 6, 4))
     G = torch.randn(9, 6)
