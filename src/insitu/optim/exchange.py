@@ -17,6 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both, and warns of the names that 2.8 has.
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+_all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+
 
 class Links(NamedTuple):
     """The process groups over which a tensor is sharded, and over what."""
@@ -96,11 +100,16 @@ def run(
     return [results[i] for i in range(len(plans))]
 
 
-def chunk(length: int, group: Any) -> tuple[int, int]:
-    """(first, count) of this process's share of ``length`` channels: torch.chunk's, as DTensor's Shard has it."""
-    size = ceil(length / dist.get_world_size(group))
-    first = min(length, size * dist.get_rank(group))
+def chunk(length: int, num: int, rank: int) -> tuple[int, int]:
+    """(first, count) of the share that one of ``num`` processes has of ``length``: torch.chunk's, as DTensor's Shard has it."""
+    size = ceil(length / num)
+    first = min(length, size * rank)
     return first, min(size, length - first)
+
+
+def own_chunk(length: int, group: Any) -> tuple[int, int]:
+    """This process's share of ``length`` channels."""
+    return chunk(length, dist.get_world_size(group), dist.get_rank(group))
 
 
 def _groups(links: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -118,9 +127,12 @@ def _scatter(requests: list[Scatter], links: list[Links]) -> list[tuple[Tensor, 
     for group in _groups(link.across for link in links):
         of_group = [i for i, link in enumerate(links) if group in link.across]
         shared = [i for i in of_group if links[i].scatter and links[i].across[0] is group]
-        if shared:
+        if shared == of_group:
             partial.update(zip(shared, _reduce_scatter([partial[i] for i in shared], group), strict=True))
-        _all_reduce([partial[i] for i in of_group if i not in shared], group, dist.ReduceOp.SUM)
+            continue
+        _all_reduce([partial[i] for i in of_group], group, dist.ReduceOp.SUM)  # one collective for both kinds
+        for i in shared:
+            partial[i] = partial[i].narrow(-1, *own_chunk(partial[i].shape[-1], group))
     for i, whole in partial.items():
         R, G_sq = whole[:, :-1], whole[:, -1]
         answers[i] = R.mT if requests[i].channel_dim == -2 else R, G_sq
@@ -132,15 +144,17 @@ def _reduce_scatter(values: list[Tensor], group: Any) -> list[Tensor]:
     world = dist.get_world_size(group)
     sizes = [ceil(value.shape[-1] / world) for value in values]
     padded = [
-        torch.nn.functional.pad(value, (0, size * world - value.shape[-1])).unflatten(-1, (world, size)).movedim(-2, 0)
+        torch.nn.functional.pad(value, (0, size * world - value.shape[-1]))
+        .view(*value.shape[:-1], world, size)
+        .movedim(-2, 0)
         for value, size in zip(values, sizes, strict=True)
     ]
     flat = torch.cat([value.reshape(world, -1) for value in padded], 1)
     out = flat.new_empty(flat.shape[1])
-    dist.reduce_scatter_tensor(out, flat.view(-1), group=group)
+    _reduce_scatter_single(out, flat.view(-1), group=group)
     pieces = torch.split(out, [value[0].numel() for value in padded])
     return [
-        piece.view(pad.shape[1:])[..., : chunk(value.shape[-1], group)[1]]
+        piece.view(pad.shape[1:])[..., : own_chunk(value.shape[-1], group)[1]]
         for piece, pad, value in zip(pieces, padded, values, strict=True)
     ]
 
@@ -207,12 +221,12 @@ def _gather(requests: list[Gather], links: list[Links]) -> list[tuple[Tensor, Te
         ]
         message = torch.cat([*bits, *(piece.reshape(-1) for piece in padded)])
         heard = message.new_empty(world, len(message))
-        dist.all_gather_into_tensor(heard.view(-1), message, group=group)
+        _all_gather_single(heard.view(-1), message, group=group)
         pieces = iter(torch.split(heard, [len(piece) for piece in bits] + [piece.numel() for piece in padded], 1))
         for i in of_group:
             sums[i] = next(pieces).contiguous().view(torch.float64).sum(0).view(sums[i].shape)
         for (i, mine), piece in zip(shared, pieces, strict=True):
-            whole = piece.unflatten(1, (*mine.shape[:-1], -1)).movedim(0, -2).flatten(-2)
+            whole = piece.view(world, *mine.shape[:-1], ceil(links[i].scatter / world)).movedim(0, -2).flatten(-2)
             channels[i] = whole[..., : links[i].scatter].contiguous()
     return [
         (_own(value, link, len(request.values))[0], found)

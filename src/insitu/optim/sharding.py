@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from insitu.optim.exchange import Links, chunk
+from insitu.optim.exchange import Links, chunk, own_chunk
 from insitu.optim.projection import Layout
 
 
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
     tensor: Tensor  # local, sharing memory with the parameter
     shape: tuple[int, ...]  # of the whole
-    first: tuple[int, ...]  # where the part begins in it
+    first: tuple[int | Tensor, ...]  # where the part begins along each dimension; all its places where it has gaps
     sharded: tuple[tuple[int, int], ...] = ()  # (mesh dimension, tensor dimension)
     mesh: Any = None
     placements: tuple[Any, ...] = ()
@@ -36,12 +36,13 @@ class Part(NamedTuple):
         size = self.tensor.shape
         strides = [prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
         partial = [d for d in range(len(size)) if size[d] != self.shape[d]]
-        if all(n == 1 for n in size[: max(partial, default=0)]) or self.tensor.numel() == 0:
-            return sum(f * stride for f, stride in zip(self.first, strides, strict=True))
+        corner = [first for first in self.first if isinstance(first, int)]
+        if len(corner) == len(size) and all(n == 1 for n in size[: max(partial, default=0)]):
+            return sum(f * stride for f, stride in zip(corner, strides, strict=True))
         index = torch.zeros((), dtype=torch.int64, device=self.tensor.device)
         for d, (first, stride) in enumerate(zip(self.first, strides, strict=True)):
-            along = torch.arange(first, first + size[d], device=index.device) * stride
-            index = index + along.view([-1 if i == d else 1 for i in range(len(size))])
+            along = (first if isinstance(first, Tensor) else torch.arange(first, first + size[d])).to(index.device)
+            index = index + (along * stride).view([-1 if i == d else 1 for i in range(len(size))])
         return index.reshape(-1)
 
     @property
@@ -72,10 +73,41 @@ def part_of(tensor: Tensor, name: str) -> Part:
             "call redistribute() on it first"
         )
     local = local_of(tensor.detach())
-    (here,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     sharded = tuple((i, getattr(p, "dim")) for i, p in enumerate(tensor.placements) if not p.is_replicate())  # noqa: B009
-    first = tuple(min(f, n) for f, n in zip(here.offsets, tensor.shape, strict=True))
+    dims = {d for _, d in sharded}
+    places = [_place(tensor, d) if d in dims else (0, n) for d, n in enumerate(tensor.shape)]
+    expected = tuple(num for _, num in places)
+    assert expected == tuple(local.shape), (
+        f"{name}: {tuple(local.shape)} is here, but {expected} by {tensor.placements}"
+    )
+    first = tuple(first for first, _ in places)
     return Part(local, tuple(tensor.shape), first, sharded, tensor.device_mesh, tuple(tensor.placements))
+
+
+def _place(tensor: Any, dim: int) -> tuple[int | Tensor, int]:
+    """Where the part that is here begins along a sharded dimension, and its length; all its places if they may lie apart.
+
+    Mesh dimensions cut from left to right, except that FSDP2 cuts what tensor parallelism to the right of it has cut already;
+    its placement then has a split factor, the number of those shards. A larger factor is that of fused layers, of which every
+    process takes a part of each.
+    """
+    mesh, first, num = tensor.device_mesh, 0, tensor.shape[dim]
+    places: Tensor | None = None
+    cuts = [
+        (i, getattr(p, "split_factor", 1)) for i, p in enumerate(tensor.placements) if getattr(p, "dim", None) == dim
+    ]
+    plain, strided = [cut for cut in cuts if cut[1] == 1], [cut for cut in cuts if cut[1] > 1]
+    for i, factor in [*plain, *reversed(strided)]:
+        fused = max(1, factor // prod(mesh.size(j) for j, _ in cuts if j > i))
+        if fused > 1 and places is None:
+            places = torch.arange(first, first + num)
+        if places is None:
+            skipped, num = chunk(num, mesh.size(i), mesh.get_local_rank(i))
+            first += skipped
+        else:
+            shares = [(piece, chunk(len(piece), mesh.size(i), mesh.get_local_rank(i))) for piece in places.chunk(fused)]
+            places = torch.cat([piece.narrow(0, *share) for piece, share in shares])
+    return (first, num) if places is None else (places, len(places))
 
 
 def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -109,7 +141,8 @@ def split(part: Part, size: Layout, name: str) -> Split:
     """How the parts of a tensor that is read as ``size`` share the work.
 
     Raises:
-        ValueError: sharded along a dimension that is only a part of a side, such as the kernel of a convolution.
+        ValueError: sharded along a dimension that is only a part of a side, such as the kernel of a convolution, or in pieces
+            that lie apart.
     """
     stacked = size.stack is not None
     row, col = (1, 2) if stacked else (0, 1)
@@ -122,26 +155,33 @@ def split(part: Part, size: Layout, name: str) -> Split:
             )
     here = part.tensor.shape
     local = (here[0] if stacked else 1, here[row], prod(here[col:]))
-    rows, cols = (part.first[row], local[1]), (part.first[col], local[2])
-    projected, (_, channels) = (rows, cols) if size.channel_dim == -1 else (cols, rows)
-    side = {min(d, col) for _, d in part.sharded} & {row, col}
     across = row if size.channel_dim == -1 else col
+    num_projected, channels = (here[row], prod(here[col:])) if across == row else (prod(here[col:]), here[row])
+    side = {min(d, col) for _, d in part.sharded} & {row, col}
+    # Of the dimensions of the second side at most one is not 1, if they are sharded.
+    first = part.first[row] if across == row else sum(part.first[col:])
+    stack = part.first[0] if stacked else 0
+    if isinstance(first, Tensor) or isinstance(stack, Tensor):
+        raise ValueError(
+            f"{name}, {part.shape}, is sharded in pieces that lie apart ({part.placements}) along a dimension where neighbours "
+            "are needed: shard it without a split factor, or keep AdamW for it (param_groups(model, adamw=[pattern]))"
+        )
     groups = tuple(part.mesh.get_group(i) for i, d in part.sharded if min(d, col) == across)
     scatter = size.channels if side == {across} else 0
     if scatter:
-        channels = chunk(scatter, groups[0])[1]
+        channels = own_chunk(scatter, groups[0])[1]
     moments = (size.rank, channels) if size.channel_dim == -1 else (channels, size.rank)
     links = Links(
         tuple(part.mesh.get_group(i) for i, d in part.sharded if min(d, col) != across),
         groups,
         scatter,
-        (part.first[0], part.shape[0]) if stacked else None,
+        (stack, part.shape[0]) if stacked else None,
     )
     return Split(
         links,
         local,
-        projected,
-        (part.first[0] if stacked else 0, local[0]),
+        (first, num_projected),
+        (stack, local[0]),
         (local[0], *moments) if stacked else moments,
         _moment_placements(part, size, across, col, bool(scatter)),
         _norm_placements(part),

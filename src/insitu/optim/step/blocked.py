@@ -31,6 +31,8 @@ class Blocked:
 
     def measure(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
         """As the reference, a block of channels at a time."""
+        if G.numel() == 0:  # a part of a sharded tensor may be empty
+            return reference.measure(G, projection, channel_dim)
         if len(G) == 1:
             R, G_sq = self._measure_matrix(G[0], projection, channel_dim)
             return R[None], G_sq[None]
@@ -41,8 +43,6 @@ class Blocked:
 
     def _measure_matrix(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
         projection = _one(projection, 0)
-        if G.numel() == 0:  # a part of a sharded tensor may be empty
-            return reference.measure(G, projection, channel_dim)
         if channel_dim == -1 and isinstance(projection, Tensor):
             return self._measure_wide(G, projection)
         num, width = G.shape[channel_dim], G.shape[-3 - channel_dim]
