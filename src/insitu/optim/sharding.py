@@ -41,7 +41,10 @@ class Part(NamedTuple):
             return sum(f * stride for f, stride in zip(corner, strides, strict=True))
         index = torch.zeros((), dtype=torch.int64, device=self.tensor.device)
         for d, (first, stride) in enumerate(zip(self.first, strides, strict=True)):
-            along = (first if isinstance(first, Tensor) else torch.arange(first, first + size[d])).to(index.device)
+            device = index.device
+            along = (
+                first.to(device) if isinstance(first, Tensor) else torch.arange(first, first + size[d], device=device)
+            )
             index = index + (along * stride).view([-1 if i == d else 1 for i in range(len(size))])
         return index.reshape(-1)
 
