@@ -15,7 +15,8 @@ from torch import Tensor
 
 from insitu.optim import options
 from insitu.optim.base import Task, TensorWise, Write
-from insitu.optim.exchange import Links, Plan, Sum
+from insitu.optim.elementwise import arithmetic, plan_adamw, plan_sgd
+from insitu.optim.exchange import Links, Plan
 from insitu.optim.projection import (
     Layout,
     Projection,
@@ -27,7 +28,7 @@ from insitu.optim.projection import (
 )
 from insitu.optim.sharding import Part, Split, distributed, local_of, split, whole_of
 from insitu.optim.step import Backend
-from insitu.optim.step.reference import auto_alpha, is_live, plan
+from insitu.optim.step.reference import auto_alpha, plan
 from insitu.optim.tensors import name_of, refuse_flattened
 
 _log = logging.getLogger(__name__)
@@ -219,28 +220,30 @@ class APOLLO(TensorWise):
         size = _layout(task.parameter, task.group, task.name)
         if size:
             return self._plan_matrix(task, size)
-        return _plan_sgd(task) if _sgd(task.group) else _plan_adamw(task)
+        return plan_sgd(task) if _sgd(task.group) else plan_adamw(task)
 
     def _plan_matrix(self, task: Task, size: Layout) -> Plan[Write]:
         group, parts = task.group, split(task.part, size, task.name)
         G = task.gradient.reshape(parts.local)
         M, V = task.moments("exp_avg", "exp_avg_sq")
         vectors = _singular(task, size) if group["projection"] == "svd" else None
+        if vectors is None:
+            projection = self._random(task, size, parts)
+        else:
+            projection = narrow(vectors.narrow(0, *parts.stack), *parts.projected)
         eta_s, decay, live = yield from plan(
             G,
             M.view(len(G), *M.shape[-2:]),
             V.view(len(G), *V.shape[-2:]),
             local_of(task.state["update_norm"]).view(-1),
-            self._random(task, size, parts)
-            if vectors is None
-            else narrow(vectors.narrow(0, *parts.stack), *parts.projected),
+            projection,
             channel_dim=size.channel_dim,
             alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
             granularity=_granularity(group),
             denominator=group["denominator"],
             limiter=group["limiter"],
             backend=task.backend,
-            **_common(task),
+            **arithmetic(task),
         )
         task.store_moments({"exp_avg": M, "exp_avg_sq": V})
         if vectors is not None:
@@ -286,46 +289,6 @@ def _singular(task: Task, size: Layout) -> Tensor:
     fresh = singular_vectors(whole, size)
     # A matrix of a stack that has no gradient now keeps what it has.
     return fresh if known is None else torch.where(whole.any(-1).any(-1)[:, None, None], fresh, known)
-
-
-def _common(task: Task) -> dict[str, Any]:
-    options = {k: task.group[k] for k in ("lr", "eps", "weight_decay", "maximize")}
-    return {"step": task.done + 1, "betas": tuple(task.group["betas"]), **options}
-
-
-def _plan_adamw(task: Task) -> Plan[Write]:
-    """What is not projected: AdamW, element by element."""
-    G = task.gradient.reshape(-1)
-    _, (square,), _ = yield Sum(task.backend.square(G).view(1, 1))
-    live = is_live(square)
-
-    def write(backend: Backend) -> None:
-        W = task.part.tensor.contiguous()
-        M, V = (local_of(task.state[name]).view(-1) for name in ("exp_avg", "exp_avg_sq"))
-        how = (task.moment_precision("exp_avg"), task.moment_precision("exp_avg_sq"))
-        backend.adamw(W.view(-1), G, M, V, live, task.precision, how, **_common(task))
-        if W is not task.part.tensor:
-            task.part.tensor.copy_(W)
-
-    return write
-
-
-def _plan_sgd(task: Task) -> Plan[Write]:
-    """Plain SGD with decoupled decay, and no state: G times eta."""
-    group = task.group
-    G = task.gradient.reshape(1, -1, 1)
-    _, (square,), _ = yield Sum(task.backend.square(G.view(-1)).view(1, 1))
-    live = is_live(square)
-    eta = live * (-group["lr"] if group["maximize"] else group["lr"])
-    decay = live * (group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
-
-    def write(backend: Backend) -> None:
-        W = task.part.tensor.contiguous()
-        backend.apply(W.view(G.shape), G, eta.view(1, 1, 1), decay, live, task.precision)
-        if W is not task.part.tensor:
-            task.part.tensor.copy_(W)
-
-    return write
 
 
 def _sgd(group: dict[str, Any]) -> bool:
