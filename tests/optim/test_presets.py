@@ -34,6 +34,6 @@ def test_the_numbers_of_the_paper() -> None:
 
 def test_a_preset_is_a_copy_and_an_unknown_name_lists_the_known() -> None:
     preset("apollo-60m")["rank"] = 1
-    assert preset("apollo-60m")["rank"] == 128
+    assert insitu.preset("apollo-60m")["rank"] == 128
     with pytest.raises(ValueError, match=r"apollo-60M.*apollo-mini-7b"):
         preset("apollo-60M")

@@ -2,6 +2,7 @@
 
 from insitu.optim.apollo import APOLLO, APOLLOMini
 from insitu.optim.groups import param_groups
+from insitu.optim.presets import preset
 from insitu.optim.quasi_newton import ApolloQN, ApolloQNW
 
-__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "param_groups"]
+__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "param_groups", "preset"]
