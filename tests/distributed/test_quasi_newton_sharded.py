@@ -14,11 +14,11 @@ from torch.distributed.tensor import Shard
 
 from insitu import ApolloQN
 
+DECAY = {"l2": 0.02, "decoupled": 0.1, "stable": 0.02}
 OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"rebound": "belief", "weight_decay": 0.01},
-    {"decay": "decoupled", "weight_decay": 0.01},
-    {"decay": "stable", "weight_decay": 0.01, "rebound": "belief"},
+    {"rebound": rebound, "decay": decay, "weight_decay": DECAY[decay]}
+    for rebound in ("constant", "belief")
+    for decay in DECAY
 ]
 
 
