@@ -63,7 +63,7 @@ def test_a_resume_goes_on_with_what_was_saved(name: str, stop: int) -> None:
     file = io.BytesIO()
     torch.save([first.state_dict(), scheduler.state_dict()], file)
     file.seek(0)
-    state, schedule = torch.load(file, weights_only=False)
+    state, schedule = torch.load(file, weights_only=True)
     second = optimizer()
     resumed = make(second, *arguments)
     second.load_state_dict(state)

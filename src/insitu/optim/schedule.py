@@ -15,7 +15,7 @@ The first update is at lr / w and not at 0. Call ``step()`` after each optimizer
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, isfinite, pi, sqrt
 
@@ -23,24 +23,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-# Objects and not closures: torch saves what is in them with the scheduler's state.
+# Objects and not closures, of numbers alone: torch saves what is in them with the scheduler's state, and a checkpoint must load
+# with ``weights_only=True``.
 @dataclass
 class _Warmup:
     warmup: int
-    after: Callable[[int], float]
 
     def __call__(self, done: int) -> float:
         return (done + 1) / self.warmup if done < self.warmup else self.after(done + 1)
 
+    def after(self, t: int) -> float:
+        raise NotImplementedError
+
 
 @dataclass
-class _Decay:
-    warmup: int
+class _Decay(_Warmup):
     total: int
     floor: float
     cosine: bool
 
-    def __call__(self, t: int) -> float:
+    def after(self, t: int) -> float:
         left = 1 - min(1.0, (t - self.warmup) / (self.total - self.warmup))
         if self.cosine:
             left = (1 + cos(pi * (1 - left))) / 2
@@ -48,19 +50,17 @@ class _Decay:
 
 
 @dataclass
-class _InverseSqrt:
-    warmup: int
-
-    def __call__(self, t: int) -> float:
+class _InverseSqrt(_Warmup):
+    def after(self, t: int) -> float:
         return sqrt(self.warmup / t)
 
 
 @dataclass
-class _Milestones:
+class _Milestones(_Warmup):
     milestones: list[int]
     gamma: float
 
-    def __call__(self, t: int) -> float:
+    def after(self, t: int) -> float:
         return self.gamma ** bisect_right(self.milestones, t - 1)
 
 
@@ -88,7 +88,7 @@ def warmup_inverse_sqrt(optimizer: Optimizer, warmup: int) -> LambdaLR:
     Raises:
         ValueError: ``warmup`` below 1.
     """
-    return _scheduler(optimizer, _at_least("warmup", warmup, 1), _InverseSqrt(warmup))
+    return LambdaLR(optimizer, _InverseSqrt(_at_least("warmup", warmup, 1)))
 
 
 def warmup_milestone(optimizer: Optimizer, warmup: int, milestones: Sequence[int], gamma: float = 0.1) -> LambdaLR:
@@ -103,7 +103,7 @@ def warmup_milestone(optimizer: Optimizer, warmup: int, milestones: Sequence[int
         raise ValueError(f"milestones={steps}: expected growing numbers of updates, none below warmup={warmup}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma!r}: expected a number in (0, 1], such as 0.1")
-    return _scheduler(optimizer, warmup, _Milestones(steps, gamma))
+    return LambdaLR(optimizer, _Milestones(warmup, steps, gamma))
 
 
 def _decay(optimizer: Optimizer, warmup: int, total: int, floor: float, *, cosine: bool) -> LambdaLR:
@@ -112,14 +112,10 @@ def _decay(optimizer: Optimizer, warmup: int, total: int, floor: float, *, cosin
         raise ValueError(f"total={total!r}: expected the number of all updates, more than warmup={warmup}")
     if not (isfinite(floor) and 0 <= floor <= 1):
         raise ValueError(f"floor={floor!r}: expected a factor in [0, 1], such as 0.1 for a tenth of lr")
-    return _scheduler(optimizer, warmup, _Decay(warmup, total, floor, cosine))
+    return LambdaLR(optimizer, _Decay(warmup, total, floor, cosine))
 
 
 def _at_least(name: str, value: int, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: expected a number of updates, at least {least}")
     return value
-
-
-def _scheduler(optimizer: Optimizer, warmup: int, after: Callable[[int], float]) -> LambdaLR:
-    return LambdaLR(optimizer, _Warmup(warmup, after))
