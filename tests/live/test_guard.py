@@ -11,8 +11,10 @@ import torch
 from tiny import make_tiny, on_arena
 
 from insitu.data.chat import Example
+from insitu.live.attachment import Attachment
+from insitu.live.config import TeachConfig
 from insitu.live.guard import MAX_GAP, Guard, gap
-from insitu.live.learner import Learner, RefusedError
+from insitu.live.transaction import RefusedError, Transaction
 from insitu.live.weights.arena import Arena
 
 LIMIT = 1.5
@@ -146,21 +148,21 @@ class Served:
         return [float(said[at, id]) + self.off for at, id in enumerate(ids[1:])]
 
 
-def auditor(model: Any) -> tuple[Learner, Served]:
-    """As much of a learner as an audit needs."""
-    learner = object.__new__(Learner)
+def auditor(model: Any, report: dict[str, Any] | None = None) -> tuple[Transaction, Served]:
+    """As much of a transaction as an audit needs."""
+    attachment = object.__new__(Attachment)
     served = Served(model)
-    learner.model, learner.engine, learner.pad_token_id = model, served, 0  # type: ignore[assignment]
-    return learner, served
+    attachment.model, attachment.engine, attachment.pad_token_id = model, served, 0  # type: ignore[assignment]
+    return Transaction(attachment, 0, TeachConfig(), {} if report is None else report), served
 
 
 def test_the_gap_is_none_on_the_same_weights_and_what_the_server_is_off_otherwise(attached: tuple[Arena, Any]) -> None:
-    learner, served = auditor(attached[1])
-    assert learner._gap(CANARIES[0].input_ids) < 1e-3
+    job, served = auditor(attached[1])
+    assert job.served.gap(CANARIES[0].input_ids) < 1e-3
     for served.off in (0.4, -0.4):
-        assert learner._gap(CANARIES[0].input_ids) == pytest.approx(0.4, abs=1e-3)
+        assert job.served.gap(CANARIES[0].input_ids) == pytest.approx(0.4, abs=1e-3)
     served.off = math.nan
-    assert learner._gap(CANARIES[0].input_ids) == math.inf
+    assert job.served.gap(CANARIES[0].input_ids) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -183,16 +185,16 @@ def test_the_audit_allows_what_server_and_learner_differed_by_before_the_job_and
 ) -> None:
     assert MAX_GAP == 0.1
     _, model = attached
-    learner, served = auditor(model)
-    guard = Guard(model, CANARIES, 0, LIMIT)
     report = {"gap_before": before}
+    job, served = auditor(model, report)
+    guard = Guard(model, CANARIES, 0, LIMIT)
     served.off = after
     if ok:
-        learner._audit(guard, CANARIES[0], report)
+        job._audit(guard, CANARIES[0])
     else:
         said = rf"disagree by .* nats per token.*limit is {before + MAX_GAP:.2f}"
         with pytest.raises(RefusedError, match=said) as refused:
-            learner._audit(guard, CANARIES[0], report)
+            job._audit(guard, CANARIES[0])
         assert refused.value.figures == {"gap": report["gap"]}
     expected = abs(after) if math.isfinite(after) else math.inf
     assert report["gap"] == pytest.approx(expected, abs=1e-3)
@@ -201,12 +203,12 @@ def test_the_audit_allows_what_server_and_learner_differed_by_before_the_job_and
 
 def test_the_audit_asks_all_canaries_before_it_asks_the_server(attached: tuple[Arena, Any]) -> None:
     arena, model = attached
-    learner, _ = auditor(model)
+    report = {"gap_before": 0.0}
+    job, _ = auditor(model, report)
     guard = Guard(model, CANARIES, 0, LIMIT)
     add_noise(arena, 10.0)
-    report = {"gap_before": 0.0}
     with pytest.raises(RefusedError, match="changed unrelated replies") as refused:
-        learner._audit(guard, CANARIES[0], report)
+        job._audit(guard, CANARIES[0])
     assert refused.value.figures == {"canary_kl": report["canary_kl"]}
     assert report["canary_kl"] > LIMIT
     assert "gap" not in report

@@ -10,6 +10,7 @@ import torch
 from tiny import make_tiny, on_arena
 
 from insitu.live import control
+from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.control import ControlServer, EngineClient
 from insitu.live.engines.embedded import EmbeddedEngine
@@ -152,7 +153,7 @@ def test_a_proven_server_is_not_asked_again(make: Callable[..., World], monkeypa
     world = make()
     world.learner()
     world.hang_up()
-    monkeypatch.setattr(Learner, "_prove", lambda self: pytest.fail("asked again"))
+    monkeypatch.setattr(Attachment, "_prove", lambda self: pytest.fail("asked again"))
     world.learner()
     assert world.control.learner_ready
 

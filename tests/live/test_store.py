@@ -303,9 +303,9 @@ def test_the_file_is_the_owners_alone(store: Store, tmp_path: Path) -> None:
 
 
 def test_another_schema_is_refused_with_the_way_out(store: Store, tmp_path: Path) -> None:
-    store._db.execute("PRAGMA user_version=2")
+    store._db.execute("PRAGMA user_version=3")
     store.close()
-    with pytest.raises(ValueError, match="schema 2, this insitu knows schema 1; use the insitu that wrote it"):
+    with pytest.raises(ValueError, match="schema 3, this insitu knows schema 2; use the insitu that wrote it"):
         Store(tmp_path / "insitu.db")
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Schema 1. A change of schema gets a new number in user_version and a step in _prepare.
+# Schema 2. Another schema gets another number in user_version; nothing is converted before the first release.
+SCHEMA = 2
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE versions (
@@ -18,6 +19,9 @@ CREATE TABLE versions (
     target INTEGER,                 -- of a rollback: the version whose bytes it repeats
     created REAL NOT NULL,
     sha256 TEXT,                    -- of all weights, see weights/arena.py
+    file TEXT,                      -- JSON: name, bytes and sha256 of its difference's file; none for a base or a rollback
+    pinned INTEGER NOT NULL DEFAULT 0,
+    pruned INTEGER NOT NULL DEFAULT 0,  -- its bytes were given up to save room
     report TEXT NOT NULL DEFAULT '{}'
 );
 CREATE TABLE feedback (
@@ -41,6 +45,18 @@ CREATE TABLE rollbacks (
     status TEXT NOT NULL,           -- queued | running | done | failed
     version INTEGER,
     reason TEXT
+);
+CREATE TABLE canaries (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    created REAL NOT NULL,
+    prompt TEXT NOT NULL UNIQUE
+);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    created REAL NOT NULL,
+    kind TEXT NOT NULL,
+    subject TEXT NOT NULL,          -- what it happened to: a feedback id, "version 3", "server"
+    detail TEXT NOT NULL            -- JSON: reason and figures
 );
 CREATE TABLE completions (
     id TEXT PRIMARY KEY,
@@ -99,9 +115,12 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         if found == 0:
             for statement in _SCHEMA.split(";\n"):
                 db.execute(statement)
-            db.execute("PRAGMA user_version=1")
-        elif found != 1:
-            raise ValueError(f"{path} has schema {found}, this insitu knows schema 1; use the insitu that wrote it")
+            db.execute(f"PRAGMA user_version={SCHEMA}")
+        elif found != SCHEMA:
+            raise ValueError(
+                f"{path} has schema {found}, this insitu knows schema {SCHEMA}; use the insitu that wrote it, or choose "
+                "another state directory"
+            )
 
 
 def _to_wal(db: sqlite3.Connection) -> None:

@@ -11,114 +11,40 @@ is answered from them again. If this process dies instead, the server notices an
 import fcntl
 import json
 import logging
-import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from insitu.data.batch import collate
-from insitu.data.chat import DataError, Example, encode_continuation, encode_messages, encode_prompt
-from insitu.data.loss import target_logprobs
-from insitu.live import prompts, proof
+from insitu.data.chat import DataError, Example, encode_continuation, encode_messages
+from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
-from insitu.live.guard import MAX_GAP, MAX_GAP_AT_START, Guard, gap
 from insitu.live.records import Feedback, Rollback
 from insitu.live.store import Store
-from insitu.live.teaching import TeachingRun
+from insitu.live.transaction import RefusedError, Transaction
 from insitu.live.versions import Versions
-from insitu.live.weights import attach
 
 log = logging.getLogger("insitu.learner")
 
 _POLL_SECONDS = 0.05
 _GATHER_SECONDS = 0.5  # feedback posted one by one within this time is learned together
 _MAX_ITEMS = 32  # in one job
-_ANCHOR_TOKENS = 24  # of each reply that training holds on to
-_CANARY_TOKENS = 12  # of each reply that judges: scored while serving stands still
-
-
-class RefusedError(Exception):
-    """The job must not become a version; the message is the reason shown to the client."""
-
-    def __init__(self, reason: str, **figures: Any) -> None:
-        super().__init__(reason)
-        self.figures = figures
 
 
 class Learner:
-    """One attachment to one server: the model on its arena, and the jobs done there."""
+    """The jobs done at one server."""
 
     def __init__(self, engine: EngineClient, store: Store, base: Path, state_dir: Path, config: TeachConfig) -> None:
-        from transformers import AutoTokenizer
-
         self.engine = engine
         self.store = store
         self.config = config
         self.versions = Versions(state_dir, base, store)
+        self.served = Attachment(engine, store, self.versions, base)
         self.arena = engine.arena
-        self.views = self.arena.views()
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = attach.build(base, self.arena, requires_grad=True)
-        self.aliases = attach.tied(self.model)
-        self.context_length = int(self.model.config.max_position_embeddings)
-        self.pad_token_id = int(self.tokenizer.pad_token_id or 0)
-        self._threads = torch.get_num_threads()
-        try:
-            self._verify()
-            if not engine.proven:
-                self._prove()
-            self._agree()
-        except attach.AttachError as error:
-            engine.refuse(str(error))
-            raise
-        engine.ready()
 
-    def _verify(self) -> None:
-        """What lies in the arena must be, bit for bit, the version that the store says was committed last."""
-        head = self._head()
-        recorded = self.store.version(head)
-        if recorded is None or self.arena.sha256() != recorded.sha256:
-            raise attach.AttachError(
-                f"the weights in memory are not version {head} (sha256 differs); refusing to train them"
-            )
-
-    def _prove(self) -> None:
-        """This server has not answered anybody yet: show that it reads what lies in the arena."""
-        head = self._head()
-        speed = proof.compare(self.views, self.versions.iter_version(head), self.aliases)
-        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompts.CANARIES[0]}])
-        last = [name for name, parameter in self.model.named_parameters() if parameter.dim() == 1][-1]
-
-        def expose() -> None:
-            self.engine.publish()
-            self.engine.resume()
-
-        moved = proof.probe(self.arena, last, lambda: self.engine.score(ids), expose, self.engine.pause)
-        log.info("compared at %.2f GB/s; one element of %s moves the server by %.2g nats", speed / 1e9, last, moved)
-
-    def _agree(self) -> None:
-        """Server and learner say the same of the same text, as far as their kernels allow."""
-        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompts.CANARIES[0]}])
-        if not (found := self._gap(ids)) <= MAX_GAP_AT_START:
-            raise attach.AttachError(
-                f"server and learner disagree by {found:.2f} nats per token on the same text; the limit is {MAX_GAP_AT_START}"
-            )
-
-    def _head(self) -> int:
-        head = self.store.head()
-        if head is None:
-            raise attach.AttachError("the state directory has no committed version; start the server first")
-        return head
-
-    # -- jobs ----------------------------------------------------------------------------------------------------------
     def work(self) -> None:
         """Do jobs until the server is gone (ConnectionError)."""
         waiting_since: float | None = None
@@ -148,13 +74,13 @@ class Learner:
                 self.store.refuse(item.id, str(error))
         if not encoded:
             return
-        parent = self._head()
+        parent = self.served.head()
         version = self.store.reserve("teach", parent, feedback=[item.id for item, _ in encoded])
         log.info("version %d: learning from %d examples", version, len(encoded))
         report: dict[str, Any] = {"examples": len(encoded), "config": asdict(self.config), "steps": []}
         try:
-            self._run(parent, [example for _, example in encoded], report)
-            self.versions.write(version, self.views)
+            Transaction(self.served, parent, self.config, report).run([example for _, example in encoded])
+            self.versions.write(version, self.served.views)
             self.store.commit(version, self.arena.sha256(), report)
         except ConnectionError:
             self.store.abandon(version, "lost", "the server went away during the job", report)
@@ -180,85 +106,15 @@ class Learner:
         frozen = bool(payload.get("freeze_context", False))
         if item.kind == "messages":
             return encode_messages(
-                self.tokenizer, payload["messages"], max_length=self.context_length, freeze_context=frozen
+                self.served.tokenizer, payload["messages"], max_length=self.served.context_length, freeze_context=frozen
             )
         return encode_continuation(
             payload["context_ids"],
             payload["continuation_ids"],
-            vocab_size=self.model.config.vocab_size,
-            max_length=self.context_length,
+            vocab_size=self.served.model.config.vocab_size,
+            max_length=self.served.context_length,
             freeze_context=frozen,
         )
-
-    def _run(self, parent: int, examples: list[Example], report: dict[str, Any]) -> None:
-        """The steps and the audit; raises RefusedError, with the weights possibly changed."""
-        started = time.monotonic()
-        anchors = self._replies(prompts.ANCHORS, _ANCHOR_TOKENS)
-        canaries = self._replies(prompts.CANARIES, _CANARY_TOKENS)
-        guard = Guard(self.model, canaries, self.pad_token_id, self.config.max_canary_kl)
-        report["gap_before"] = self._gap(canaries[0].input_ids)
-        run = TeachingRun(self.model, examples, anchors, self.config, self.pad_token_id)
-        try:
-            for step in range(1, self.config.max_steps + 1):
-                prepared = run.prepare()
-                figures: dict[str, Any] = asdict(prepared)
-                report["steps"].append(figures)
-                if not prepared.finite:
-                    raise RefusedError("the examples give no finite loss or gradient; nothing was changed")
-                if prepared.loss <= self.config.target_loss:
-                    break
-                self._write(run, guard, parent, step, figures)
-            report["optimizer_bytes"] = run.optimizer_bytes
-            report["weight_bytes"] = sum(slot.num_bytes for slot in self.arena.slots)
-        finally:
-            run.close()
-        self._audit(guard, canaries[0], report)
-        report["seconds"] = round(time.monotonic() - started, 3)
-
-    def _write(self, run: TeachingRun, guard: Guard, parent: int, step: int, figures: dict[str, Any]) -> None:
-        """One step that everybody sees: pause, write, gate, publish, resume."""
-        begun = time.monotonic()
-        self.engine.pause()
-        paused = time.monotonic()
-        with self._all_cores():
-            self.arena.mark_writing()
-            run.write()
-            written = time.monotonic()
-            verdict = guard.judge()
-        judged = time.monotonic()
-        figures["canary_kl"] = verdict.kl
-        if not verdict.ok:
-            raise RefusedError(str(verdict.reason), canary_kl=verdict.kl)
-        self.arena.stamp(parent, step)
-        published = self.engine.publish()
-        self.engine.resume()
-        figures["stall"] = {
-            "pause": paused - begun,
-            "write": written - paused,
-            "gate": judged - written,
-            "publish": published.seconds,
-            "total": time.monotonic() - begun,
-        }
-
-    def _audit(self, guard: Guard, canary: Example, report: dict[str, Any]) -> None:
-        """All canaries at once; and what the server says of the weights must be what the learner says of them."""
-        verdict = guard.judge(whole=True)
-        report["canary_kl"] = verdict.kl
-        if not verdict.ok:
-            raise RefusedError(str(verdict.reason), canary_kl=verdict.kl)
-        report["gap"] = found = self._gap(canary.input_ids)
-        allowed = report["gap_before"] + MAX_GAP
-        if not (math.isfinite(found) and found <= allowed):
-            raise RefusedError(
-                f"server and learner disagree by {found:.2f} nats per token on the same text; the limit is {allowed:.2f}",
-                gap=found,
-            )
-
-    def _gap(self, ids: list[int]) -> float:
-        """Between what the server says of these tokens and what the learner computes, see :func:`insitu.live.guard.gap`."""
-        whole = Example(ids, [False] + [True] * (len(ids) - 1))
-        batch = collate([whole], self.pad_token_id, device=self.model.device)
-        return gap(self.engine.score(ids), target_logprobs(self.model, batch)[0].tolist())
 
     def _serve_as(self, version: int) -> None:
         """The bytes already are this version's: let every answer from now on say so."""
@@ -272,14 +128,14 @@ class Learner:
         header = self.arena.header
         if header.step or header.writer:
             self.engine.pause()
-            self.versions.restore(parent, self.arena, self.aliases)
+            self.versions.restore(parent, self.arena, self.served.aliases)
             self.engine.publish()
         if self.engine.paused:
             self.engine.resume()
 
     def roll_back(self, request: Rollback) -> None:
         """Serve the bytes of an older version again, as a new version."""
-        parent = self._head()
+        parent = self.served.head()
         done = self.store.version(parent)
         if request.status == "running" and done and done.target == request.target and done.created >= request.created:
             # An earlier learner died between the commit and this note of it.
@@ -295,9 +151,9 @@ class Learner:
         version = self.store.reserve("rollback", parent, target=request.target)
         self.engine.pause()
         try:
-            self.versions.restore(request.target, self.arena, self.aliases)
+            self.versions.restore(request.target, self.arena, self.served.aliases)
         except Exception as error:
-            self.versions.restore(parent, self.arena, self.aliases)
+            self.versions.restore(parent, self.arena, self.served.aliases)
             self.engine.publish()
             self.engine.resume()
             self.store.abandon(version, "refused", str(error), {})
@@ -309,25 +165,6 @@ class Learner:
         self.engine.resume()
         self.store.update_rollback(request.id, "done", version=version)
         log.info("version %d: rolled back to version %d", version, request.target)
-
-    # -- helpers -------------------------------------------------------------------------------------------------------
-    def _replies(self, questions: Sequence[str], max_tokens: int) -> list[Example]:
-        """The served model's own greedy replies to these questions, as examples."""
-        asked = [encode_prompt(self.tokenizer, [{"role": "user", "content": question}]) for question in questions]
-        told = self.engine.generate(asked, max_tokens)
-        return [
-            Example([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))
-            for prompt, reply in zip(asked, told, strict=True)
-        ]
-
-    @contextmanager
-    def _all_cores(self) -> Iterator[None]:
-        """Serving stands still, so its cores are free."""
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._threads)
 
 
 def run(state_dir: Path, config: TeachConfig, linger: float = 60.0) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 FeedbackKind = Literal["messages", "continuation"]
-FeedbackStatus = Literal["queued", "training", "applied", "refused", "rolled_back"]
+FeedbackStatus = Literal["queued", "held", "withdrawn", "training", "applied", "refused", "rolled_back"]
 VersionKind = Literal["base", "teach", "rollback"]
 VersionStatus = Literal["reserved", "committed", "refused", "lost"]
 JobStatus = Literal["queued", "running", "done", "failed"]
@@ -31,8 +31,18 @@ class Feedback:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionFile:
+    """What was made durable: its name in the directory of versions, bytes, and the sha256 of its content."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
-    """One version of the weights; ``report`` holds the figures of the job that made (or failed to make) it."""
+    """One version of the weights; ``report`` holds the figures of the job that made (or failed to make) it. ``pinned`` ones
+    are never pruned; the bytes of a ``pruned`` one are gone."""
 
     id: int
     kind: VersionKind
@@ -42,11 +52,25 @@ class Version:
     created: float
     sha256: str | None
     report: dict[str, Any]
+    file: VersionFile | None
+    pinned: bool
+    pruned: bool
 
     @classmethod
     def of(cls, r: sqlite3.Row) -> Self:
-        report = json.loads(r["report"])
-        return cls(r["id"], r["kind"], r["status"], r["parent"], r["target"], r["created"], r["sha256"], report)
+        return cls(
+            r["id"],
+            r["kind"],
+            r["status"],
+            r["parent"],
+            r["target"],
+            r["created"],
+            r["sha256"],
+            json.loads(r["report"]),
+            None if r["file"] is None else VersionFile(**json.loads(r["file"])),
+            bool(r["pinned"]),
+            bool(r["pruned"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)

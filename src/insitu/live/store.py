@@ -11,8 +11,9 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from insitu.live.records import (
     JobStatus,
     Rollback,
     Version,
+    VersionFile,
     VersionKind,
 )
 
@@ -156,12 +158,13 @@ class Store:
                 assert taken.rowcount == 1, f"feedback {item} is not queued"
             return id
 
-    def commit(self, id: int, sha256: str, report: dict[str, Any]) -> None:
+    def commit(self, id: int, sha256: str, report: dict[str, Any], file: VersionFile | None = None) -> None:
         """The version's file is complete and durable: from now on it is what a restart serves."""
         with self._transaction() as db:
             done = db.execute(
-                "UPDATE versions SET status = 'committed', sha256 = ?, report = ? WHERE id = ? AND status = 'reserved'",
-                (sha256, json.dumps(report), id),
+                "UPDATE versions SET status = 'committed', sha256 = ?, report = ?, file = ? "
+                "WHERE id = ? AND status = 'reserved'",
+                (sha256, json.dumps(report), None if file is None else json.dumps(asdict(file)), id),
             )
             assert done.rowcount == 1, f"version {id} is not reserved"
             # Of everything that was ever learned, what is in the line of the new head is applied, the rest is rolled back.
@@ -199,6 +202,16 @@ class Store:
                     "UPDATE feedback SET status = 'queued', version = NULL WHERE version = ? AND status = 'training'",
                     (id,),
                 )
+
+    def pin(self, id: int, pinned: bool = True) -> None:
+        """Never prune this version, or let it be pruned again."""
+        with self._transaction() as db:
+            db.execute("UPDATE versions SET pinned = ? WHERE id = ?", (int(pinned), id))
+
+    def prune(self, ids: Sequence[int]) -> None:
+        """Their bytes are about to be deleted: from now on nobody may ask for them."""
+        with self._transaction() as db:
+            db.executemany("UPDATE versions SET pruned = 1 WHERE id = ?", [(id,) for id in ids])
 
     def head(self) -> int | None:
         """The last committed version, or None in a new state directory."""
