@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 from environment import environment
 from insitu import demo
 from insitu.live import source
+from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.client import Client
 from insitu.live.control import EngineClient
-from insitu.live.versions import checkpoint_files, read
 from insitu.live.weights import attach
 from insitu.live.weights.arena import resident
 from vllm_server import clients, server

@@ -84,9 +84,9 @@ def serve(model: str | None = None, /, *, config: Annotated[ServeConfig | None, 
         model: smollm2 (a small real model, fetched once), a directory, or a Hub id.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    from insitu.live.checkpoint import VersionError
     from insitu.live.packaged import SourceError
     from insitu.live.server import StartError
-    from insitu.live.versions import VersionError
     from insitu.live.weights.attach import AttachError
     from insitu.live.weights.handles import HandleError
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny, on_arena
 from transformers import AutoModelForCausalLM
 
+from insitu.live.checkpoint import VersionError, checkpoint_files, read
 from insitu.live.server import Server
 from insitu.live.store import Store
-from insitu.live.versions import VersionError, Versions, checkpoint_files, read
+from insitu.live.versions import Versions
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena, plan
 from insitu.live.weights.attach import AttachError

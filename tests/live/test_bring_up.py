@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny, on_arena
 
+from insitu.live.checkpoint import VersionError
 from insitu.live.store import Store
-from insitu.live.versions import VersionError, Versions
+from insitu.live.versions import Versions
 from insitu.live.weights.arena import DTYPES, Arena, plan
 
 ALIASES = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -10,8 +10,8 @@ import torch
 from loading import BF16, CHECKPOINT, FP32, MERGED, Load, Loader, Tensors, checkpoint, narrowed, place
 from safetensors.torch import save_file
 
+from insitu.live.checkpoint import read
 from insitu.live.proof import compare
-from insitu.live.versions import read
 
 
 # -- loaders -----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny import make_tiny, on_arena
 
+from insitu.live.checkpoint import VersionError
 from insitu.live.engines.base import Engine, EngineError, EngineInfo, PublishReport, SamplingParams, Token
 from insitu.live.repair import repair
 from insitu.live.store import Store
-from insitu.live.versions import VersionError, Versions
+from insitu.live.versions import Versions
 from insitu.live.weights.arena import Arena
 
 ALIASES = {"lm_head.weight": "model.embed_tokens.weight"}

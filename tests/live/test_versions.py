@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny, on_arena
 
+from insitu.live.checkpoint import VersionError, checkpoint_files, read
 from insitu.live.store import Store
-from insitu.live.versions import VersionError, Versions, checkpoint_files, read
+from insitu.live.versions import Versions
 
 Tensors = dict[str, torch.Tensor]
 

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from insitu.live.versions import checkpoint_files, read
+from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena
 

@@ -17,9 +17,9 @@ from processes import learner_pid, settle, versions, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Serve
+from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.client import Client, ClientError
 from insitu.live.keys import load_keys
-from insitu.live.versions import checkpoint_files, read
 from insitu.live.vllm_plugin.worker import WeightClient
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena, resident

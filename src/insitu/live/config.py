@@ -32,6 +32,9 @@ class TeachConfig:
         limiter: Norm-growth limiter of the paper (1.01); none by default: a job is too short for it to help.
         max_canary_kl: The gate: a step that changes the canaries' replies by more nats per token is undone and the job refused.
         seed: Of the projections and of stochastic rounding.
+        keep_versions: So many of the last versions can be served again; older ones are pruned, except pinned ones, when
+            that saves room.
+        disk_limit_gb: Refuse to learn when the versions would take more; by default all that is free but a reserve.
     """
 
     optimizer: Literal["apollo", "apollo-mini"] = "apollo"
@@ -46,6 +49,8 @@ class TeachConfig:
     limiter: float | None = None
     max_canary_kl: float = 1.5
     seed: int = 0
+    keep_versions: int = 50
+    disk_limit_gb: float | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("apollo", "apollo-mini"):
@@ -54,11 +59,21 @@ class TeachConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r}; expected a finite number, 0 or more")
-        least = {"max_steps": 1, "anchors_per_step": 1, "rank": 1, "rank_share": 1, "warmup_steps": 0, "seed": 0}
+        least = {
+            "max_steps": 1,
+            "anchors_per_step": 1,
+            "rank": 1,
+            "rank_share": 1,
+            "warmup_steps": 0,
+            "seed": 0,
+            "keep_versions": 1,
+        }
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value!r}; expected an integer, {low} or more")
+        if (gb := self.disk_limit_gb) is not None and not (isinstance(gb, int | float) and 0 < gb < math.inf):
+            raise ValueError(f"disk_limit_gb={gb!r}; expected a positive number of gigabytes, or None")
         if self.limiter is not None and not (isinstance(self.limiter, int | float) and 1 <= self.limiter < math.inf):
             raise ValueError(f"limiter={self.limiter!r}; expected a number of at least 1, such as 1.01, or None")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from insitu.data.chat import DataError, Example, encode_continuation, encode_messages
+from insitu.live import retention
 from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
@@ -44,6 +45,7 @@ class Learner:
         self.versions = Versions(state_dir, base, store)
         self.served = Attachment(engine, store, self.versions, base)
         self.arena = engine.arena
+        self._tidy(self.served.head())
 
     def work(self) -> None:
         """Do jobs until the server is gone (ConnectionError)."""
@@ -79,9 +81,11 @@ class Learner:
         log.info("version %d: learning from %d examples", version, len(encoded))
         report: dict[str, Any] = {"examples": len(encoded), "config": asdict(self.config), "steps": []}
         try:
+            self._require_room()
             Transaction(self.served, parent, self.config, report).run([example for _, example in encoded])
-            self.versions.write(version, self.served.views)
-            self.store.commit(version, self.arena.sha256(), report)
+            file = self.versions.write(version, self.served.views)
+            report["update_norm_ratio"] = file.norm_ratio
+            self.store.commit(version, self.arena.sha256(), report, file)
         except ConnectionError:
             self.store.abandon(version, "lost", "the server went away during the job", report)
             raise
@@ -100,6 +104,7 @@ class Learner:
             # Outside the try: a committed version is never taken back, whatever becomes of this process now.
             log.info("version %d committed", version)
             self._serve_as(version)
+            self._tidy(version)
 
     def _encode(self, item: Feedback) -> Example:
         payload = item.payload
@@ -165,6 +170,21 @@ class Learner:
         self.engine.resume()
         self.store.update_rollback(request.id, "done", version=version)
         log.info("version %d: rolled back to version %d", version, request.target)
+        self._tidy(version)
+
+    def _require_room(self) -> None:
+        try:
+            retention.require_room(self.versions, self.arena.num_bytes, self.config.disk_limit_gb)
+        except retention.NoRoomError as error:
+            raise RefusedError(str(error)) from error
+
+    def _tidy(self, head: int) -> None:
+        """What makes the next job and an undo quick, and keeps the disk from filling; a job never fails for it."""
+        try:
+            self.versions.keep_image(head, self.served.views)
+            retention.tidy(self.versions, self.config.keep_versions)
+        except OSError as error:
+            log.warning("after version %d: %s", head, error)
 
 
 def run(state_dir: Path, config: TeachConfig, linger: float = 60.0) -> None:

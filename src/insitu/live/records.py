@@ -32,11 +32,13 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class VersionFile:
-    """What was made durable: its name in the directory of versions, bytes, and the sha256 of its content."""
+    """What was made durable: its name in the directory of versions, bytes, and the sha256 of its content; and how far the
+    update went, |after - before| / |before| over all weights."""
 
     name: str
     bytes: int
     sha256: str
+    norm_ratio: float
 
 
 @dataclass(frozen=True, slots=True)

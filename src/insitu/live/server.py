@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from insitu.live import packaged, source
+from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.config import ServeConfig
 from insitu.live.control import ControlServer
 from insitu.live.engines.embedded import EmbeddedEngine
@@ -25,7 +26,7 @@ from insitu.live.keeper import LearnerKeeper
 from insitu.live.keys import load_keys
 from insitu.live.repair import repair
 from insitu.live.store import Store
-from insitu.live.versions import Versions, checkpoint_files, read
+from insitu.live.versions import Versions
 from insitu.live.weights import attach, handles
 from insitu.live.weights.arena import DTYPES, Arena, resident
 

@@ -1,0 +1,137 @@
+"""Transformers checkpoints: read one tensor by tensor, and write one that Transformers and vLLM load like any other."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+_SHARD = 4 << 30  # bytes of one file, as far as tensors allow
+_INDEX = "model.safetensors.index.json"
+ORIGIN = "insitu-version.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+class VersionError(ValueError):
+    """A version that does not exist, was never committed, or whose files are not what was written."""
+
+
+def checkpoint_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a Transformers checkpoint directory."""
+    index = model_dir / _INDEX
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [model_dir / name for name in names]
+    if (single := model_dir / "model.safetensors").exists():
+        return [single]
+    raise VersionError(f"{model_dir} holds no model.safetensors; convert the checkpoint with save_pretrained() first")
+
+
+def read(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, one at a time, from memory-mapped files. Raises VersionError naming a file that cannot be read."""
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+        except Exception as error:  # safetensors raises its own type for a file that is cut short
+            raise VersionError(f"{file} cannot be read: {error}") from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, *, durable: bool = True) -> None:
+    """One safetensors file. Raises OSError when there is no room."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of the system's error
+        raise OSError(f"{path} could not be written: {error}") from error
+    if durable:
+        sync(path)
+
+
+def write_checkpoint(
+    directory: Path, base: Path, tensors: Iterable[tuple[str, torch.Tensor]], origin: dict[str, Any]
+) -> None:
+    """A complete checkpoint under a new ``directory``: weights, and everything that ``base`` has beside its weights.
+
+    It appears whole or not at all. ``origin`` is kept beside it as insitu-version.json.
+
+    Raises:
+        FileExistsError: ``directory`` exists.
+        OSError: there is no room.
+        VersionError: whatever ``tensors`` raises.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists; choose a new directory")
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for file in base.iterdir():
+            if file.is_file() and file.name != _INDEX and file.suffix not in _WEIGHTS:
+                shutil.copyfile(file, partial / file.name)
+        dtypes = _save_shards(partial, tensors)
+        _say_dtype(partial / "config.json", dtypes)
+        (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+        for file in partial.iterdir():
+            sync(file)
+        sync(partial)
+        partial.rename(directory)
+        sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _save_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[torch.dtype]:
+    """Files of limited size, so that a large model is never in memory as a whole, and their index if there are several."""
+    names: list[list[str]] = []
+    waiting: dict[str, torch.Tensor] = {}
+    dtypes: set[torch.dtype] = set()
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal waiting, size
+        save_tensors(waiting, directory / f"shard-{len(names)}")
+        names.append(list(waiting))
+        waiting, size = {}, 0
+
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > _SHARD:
+            flush()
+        waiting[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+        if tensor.dim() > 1:
+            dtypes.add(tensor.dtype)
+    flush()
+    if len(names) == 1:
+        (directory / "shard-0").rename(directory / "model.safetensors")
+        return dtypes
+    called = [f"model-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))]
+    for i, name in enumerate(called):
+        (directory / f"shard-{i}").rename(directory / name)
+    held = {tensor: called[i] for i, shard in enumerate(names) for tensor in shard}
+    (directory / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": held}))
+    return dtypes
+
+
+def _say_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
+    """The weights may be narrower than the base's were; whoever loads them should not widen them."""
+    if len(dtypes) != 1:
+        return
+    told = json.loads(config.read_text())
+    told.pop("torch_dtype", None)
+    told["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    config.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""The file of a version: the exact difference of every tensor to the version it came from.
+
+    | magic | blocks ... | index (JSON) | offset of the index, sha256 of all before, magic |
+
+It is written front to back, so nothing need be known in advance, and it is whole or it is not opened: the checksum at the end
+covers every byte before it. The index gives each tensor's dtype and shape, the sha256 of its bytes on both sides, and the
+offsets of its blocks, one for each slice of :data:`insitu.live.difference.BLOCK` elements.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from insitu.live.difference import BLOCK, DTYPES, Bits, DifferenceError, apply, bits, encode
+
+MAGIC = b"INSITUD\x01"
+_TRAILER = struct.Struct("<Q32s8s")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the file. ``offsets`` are of its blocks, and the end of the last one."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    before: str
+    after: str
+    offsets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file: bytes, sha256 of all of it, and |after - before| / |before| over all tensors."""
+
+    bytes: int
+    sha256: str
+    norm_ratio: float
+
+
+class _Hashed:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+
+def write(
+    file: BinaryIO, before: Iterable[tuple[str, torch.Tensor]], after: Mapping[str, torch.Tensor], threads: int
+) -> Written:
+    """Write the difference of ``after`` to ``before``, which may come in any order but must have the same names.
+
+    Raises:
+        DifferenceError: a tensor is missing on one side, or of another shape or dtype.
+        OSError: the file cannot be written.
+    """
+    out = _Hashed(file)
+    out.write(MAGIC)
+    entries = []
+    moved = norm = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for name, old in before:
+            new = after.get(name)
+            if new is None or (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise DifferenceError(f"{name!r} is not the same kind of tensor on both sides")
+            was, now = bits(old), bits(new)
+            sums = pool.map(_sha256, (was, now))
+            offsets = [out.size]
+            for data, squares in pool.map(_block, *zip(*_slices(was, now, new.dtype), strict=True)):
+                out.write(data)
+                offsets.append(out.size)
+                moved, norm = moved + squares[0], norm + squares[1]
+            dtype = str(new.dtype).removeprefix("torch.")
+            sum_before, sum_after = sums
+            entries.append(Entry(name, dtype, list(new.shape), sum_before, sum_after, offsets))
+    if left := after.keys() - {entry.name for entry in entries}:
+        raise DifferenceError(f"{min(left)!r} is not in the version before")
+    index = out.size
+    out.write(json.dumps({"format": 1, "tensors": [asdict(entry) for entry in entries]}).encode())
+    out.write(_TRAILER.pack(index, out.digest.digest(), MAGIC))
+    return Written(out.size, out.digest.hexdigest(), math.sqrt(moved / norm) if norm else math.inf)
+
+
+def _sha256(block: Bits) -> str:
+    return hashlib.sha256(block.data).hexdigest()
+
+
+def _slices(was: Bits, now: Bits, dtype: torch.dtype) -> Iterator[tuple[Bits, Bits, torch.dtype]]:
+    for at in range(0, max(was.size, 1), BLOCK):
+        yield was[at : at + BLOCK], now[at : at + BLOCK], dtype
+
+
+def _block(was: Bits, now: Bits, dtype: torch.dtype) -> tuple[bytes, tuple[float, float]]:
+    """The block, and the squares of the movement and of the weights before."""
+    old, new = (_floats(side, dtype) for side in (was, now))
+    with np.errstate(all="ignore"):  # weights that are not finite have no norm, and are still stored exactly
+        squares = float(np.square(new - old).sum()), float(np.square(old).sum())
+    return encode(was, now, dtype), squares
+
+
+def _floats(block: Bits, dtype: torch.dtype) -> NDArray[np.float32]:
+    if dtype == torch.bfloat16:
+        return (block.astype(np.uint32) << 16).view(np.float32)
+    return block.view(np.float16 if dtype == torch.float16 else np.float32).astype(np.float32)
+
+
+class DifferenceFile:
+    """An open file of a version, verified as a whole. Raises DifferenceError naming the file if it is not what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:  # a file of no bytes cannot be mapped
+            raise DifferenceError(f"{path} cannot be read: {error}") from error
+        try:
+            self.entries = self._verified()
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise DifferenceError(f"{path} is damaged: {error}") from error
+
+    def _verified(self) -> dict[str, Entry]:
+        end = len(self._data) - _TRAILER.size
+        index, digest, magic = _TRAILER.unpack_from(self._data, max(end, 0))
+        if magic != MAGIC or self._data[: len(MAGIC)] != MAGIC or not index < end:
+            raise ValueError("it does not begin and end as a difference does")
+        if hashlib.sha256(self._data[:end]).digest() != digest:
+            raise ValueError("its checksum is wrong")
+        told: dict[str, Any] = json.loads(bytes(self._data[index:end]))
+        if told["format"] != 1:
+            raise ValueError(f"it has format {told['format']}, this insitu knows format 1")
+        return {entry["name"]: Entry(**entry) for entry in told["tensors"]}
+
+    def applied(self, name: str, block: Bits, pool: ThreadPoolExecutor, *, backwards: bool) -> Bits:
+        """The other side of a whole tensor's bits. Raises DifferenceError if ``block`` is not the side it starts from."""
+        entry = self.entries[name]
+        given, wanted = (entry.after, entry.before) if backwards else (entry.before, entry.after)
+        if _sha256(block) != given:
+            raise DifferenceError(f"{self.path}: {name!r} is not the tensor that this difference starts from")
+
+        def slice_(i: int) -> Bits:
+            data = self._data[entry.offsets[i] : entry.offsets[i + 1]]
+            return apply(block[i * BLOCK : (i + 1) * BLOCK], data, DTYPES[entry.dtype], backwards=backwards)
+
+        other: Bits = np.concatenate(list(pool.map(slice_, range(len(entry.offsets) - 1))))
+        if _sha256(other) != wanted:
+            raise DifferenceError(f"{self.path}: {name!r} does not become what it should")
+        return other
