@@ -122,16 +122,18 @@ def _unpack(data: bytes | memoryview, parts: int, most: int) -> list[NDArray[np.
     try:
         sizes = struct.unpack_from(f"<{parts}I", data)
         ends = list(itertools.accumulate(sizes, initial=4 * parts))
-        decompressor = zstandard.ZstdDecompressor()
-        found = [
-            np.frombuffer(decompressor.decompress(data[start:end], max_output_size=most), np.uint8)
-            for start, end in itertools.pairwise(ends)
-        ]
+        if ends[-1] != len(data):
+            raise DifferenceError(f"a stored difference has {len(data)} bytes, its parts need {ends[-1]}")
+        return [_decompress(data[start:end], most) for start, end in itertools.pairwise(ends)]
     except (zstandard.ZstdError, struct.error) as error:
         raise DifferenceError(f"a stored difference cannot be unpacked: {error}") from error
-    if ends[-1] != len(data):
-        raise DifferenceError(f"a stored difference has {len(data)} bytes, its parts need {ends[-1]}")
-    return found
+
+
+def _decompress(frame: bytes | memoryview, most: int) -> NDArray[np.uint8]:
+    # A frame says its size, and so much is allocated, whatever max_output_size is: look before.
+    if not 0 <= (size := zstandard.frame_content_size(frame)) <= most:
+        raise DifferenceError(f"a part of a stored difference would have {size} bytes; expected at most {most}")
+    return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False), np.uint8)
 
 
 def _mask(data: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
