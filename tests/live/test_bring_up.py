@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny, on_arena
 
-from insitu.live.checkpoint import VersionError
+from insitu.live.checkpoint import VersionError, write_checkpoint
 from insitu.live.store import Store
 from insitu.live.versions import Versions
 from insitu.live.weights.arena import DTYPES, Arena, plan
@@ -35,8 +35,8 @@ class Life:
         """Commit a version, and return the sum of its bytes."""
         version = self.store.reserve("teach", self.store.head())
         self.arena.views()[K].mul_(factor)
-        self.versions.write(version, self.arena.views())
-        self.store.commit(version, self.arena.sha256(), {})
+        file = self.versions.write(version, self.arena.views())
+        self.store.commit(version, self.arena.sha256(), {}, file)
         return self.arena.sha256()
 
     def roll_back(self, target: int) -> None:
@@ -135,7 +135,9 @@ def test_another_checkpoint_is_refused_with_the_way_out_and_changes_nothing(
     start().bring_up()
     other = make_tiny(tmp_path / "other", seed=1)
     life = start(other)
-    with pytest.raises(VersionError, match=rf"belongs to another model \({base}\).*--state-dir for {other}"):
+    with pytest.raises(
+        VersionError, match=rf"belongs to another model \({base}\), or .*--dtype.*--state-dir for {other}"
+    ):
         life.bring_up()
     assert life.store.get_meta("base") == str(base)
     assert [v.id for v in life.store.versions()] == [0]
@@ -207,8 +209,36 @@ def test_a_version_whose_file_is_not_what_was_committed_is_refused_and_the_heade
     elif damage == "cut short":
         file.write_bytes(file.read_bytes()[:-1])
     else:
-        first.versions.write(1, {name: torch.zeros_like(view) for name, view in first.arena.views().items()})
+        other = first.store.reserve("teach", 0)
+        first.versions.write(other, {name: torch.zeros_like(view) for name, view in first.arena.views().items()})
+        first.versions.path(other).replace(file)
     life = start()
-    with pytest.raises(VersionError, match=r"version 1|v1\.safetensors"):
+    with pytest.raises(VersionError, match=r"version 1 cannot be rebuilt: .*v1\.difference|version 1 do not hold"):
         life.bring_up()
     assert life.arena.header.writer == os.getpid()
+
+
+def test_a_learner_that_prunes_meanwhile_is_no_obstacle(
+    start: Callable[..., Life], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may outlive its server, and compact while the next one looks for the way to the last version."""
+    first = start()
+    first.bring_up()
+    first.teach(2.0)
+    two = first.teach(3.0)
+    life = start()
+    full = life.versions.full
+
+    def full_and_then_the_learner(**how: bool) -> dict[int, list[Path]]:
+        found = full(**how)
+        if first.versions.path(1).exists():
+            recorded = {"version": 2}
+            write_checkpoint(
+                first.versions.checkpoint(2), first.versions.base, first.versions.iter_version(2), recorded
+            )
+            first.store.prune([1], [])
+            first.versions.path(1).unlink()
+        return found
+
+    monkeypatch.setattr(life.versions, "full", full_and_then_the_learner)
+    assert (life.bring_up().sha256(), life.arena.header.label) == (two, "2")

@@ -191,7 +191,9 @@ def test_a_frame_that_does_not_say_its_size_or_has_company_is_refused() -> None:
 
 
 def test_numbers_of_values_that_do_not_fit_the_masks_are_refused() -> None:
-    one, two = (encode(np.zeros(8, np.uint16), array([1] * n + [0] * (8 - n), torch.bfloat16), torch.bfloat16) for n in (1, 2))
+    one, two = (
+        encode(np.zeros(8, np.uint16), array([1] * n + [0] * (8 - n), torch.bfloat16), torch.bfloat16) for n in (1, 2)
+    )
     sizes = [list(struct.unpack_from("<5I", data)) for data in (one, two)]
     ends = [np.cumsum([20, *size]).tolist() for size in sizes]
     frames = [one[ends[0][i] : ends[0][i + 1]] for i in range(4)] + [two[ends[1][4] : ends[1][5]]]

@@ -61,7 +61,9 @@ def pair(tmp_path: Path) -> tuple[Path, Tensors, Tensors]:
 # -- what is read back -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
-def test_either_side_becomes_the_other_at_every_border_of_a_block(tmp_path: Path, size: int, dtype: torch.dtype) -> None:
+def test_either_side_becomes_the_other_at_every_border_of_a_block(
+    tmp_path: Path, size: int, dtype: torch.dtype
+) -> None:
     like = {"a": torch.zeros(size, dtype=dtype), "b": torch.zeros(3, dtype=dtype)}
     before = random_bits(like, 1)
     for after in (random_bits(like, 2), nudged(before, 3), before):
@@ -218,7 +220,9 @@ def resealed(path: Path, index: bytes, blocks: bytes = b"") -> None:
 
 def test_another_format_is_named_with_the_way_out(tmp_path: Path) -> None:
     resealed(tmp_path / "file", json.dumps({"format": 2, "something": "new"}).encode())
-    with pytest.raises(DifferenceError, match="file has format 2, this insitu knows format 1; use the one that wrote it"):
+    with pytest.raises(
+        DifferenceError, match="file has format 2, this insitu knows format 1; use the one that wrote it"
+    ):
         DifferenceFile(tmp_path / "file")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from insitu.live.records import Completion, IdInUseError
+from insitu.live.records import Completion, IdInUseError, VersionFile
 from insitu.live.store import Store
 
 
@@ -261,6 +261,38 @@ def test_a_long_line_is_still_one_question(store: Store) -> None:
     assert status(store, id) == "applied"
     roll_back(store, 3)
     assert status(store, id) == "rolled_back"
+
+
+def test_what_is_told_of_a_file_is_kept_with_its_version(store: Store) -> None:
+    file = VersionFile("v1.difference", 7, "2" * 64, 0.25)
+    version = store.reserve("teach", 0)
+    store.commit(version, "1" * 64, {}, file)
+    found = store.version(version)
+    assert found is not None
+    assert (found.file, found.pinned, found.pruned) == (file, False, False)
+
+
+def test_a_pin_is_for_versions_whose_bytes_are_there(store: Store) -> None:
+    one, two = teach(store), teach(store)
+    reserved = store.reserve("teach", two)
+    store.pin(one)
+    assert store.prune([two], [one])
+    assert [(v.pinned, v.pruned) for v in store.versions()[1:3]] == [(True, False), (False, True)]
+    for unknown in (reserved, 99, -1):
+        with pytest.raises(ValueError, match=rf"version {unknown} does not exist; expected one of those"):
+            store.pin(unknown)
+    with pytest.raises(ValueError, match=rf"version {two} was pruned to save room, its bytes are gone; expected"):
+        store.pin(two)
+    store.pin(one, False)
+    assert not any(v.pinned for v in store.versions())
+
+
+def test_nothing_is_pruned_that_a_pin_of_this_moment_may_need(store: Store) -> None:
+    one, two = teach(store), teach(store)
+    store.pin(two)
+    assert not store.prune([one], [])
+    assert not any(v.pruned for v in store.versions())
+    assert store.prune([one], [two])
 
 
 # -- rollbacks and completions -----------------------------------------------------------------------------------------

@@ -162,7 +162,9 @@ def test_a_missing_file_is_named_with_the_way_out(versions: Versions) -> None:
     some(versions, 1)
     version = roll_back(versions, 1)
     versions.path(1).unlink()
-    with pytest.raises(VersionError, match=r"version 2 cannot be rebuilt: .*v1\.difference cannot be read.*or roll back"):
+    with pytest.raises(
+        VersionError, match=r"version 2 cannot be rebuilt: .*v1\.difference cannot be read.*or roll back"
+    ):
         next(versions.iter_version(version))
 
 
@@ -205,7 +207,9 @@ def test_a_base_checkpoint_that_is_gone_or_cut_short_is_named(tmp_path: Path, ve
 def test_another_base_is_noticed_by_whatever_is_rebuilt_from_it(tmp_path: Path, versions: Versions) -> None:
     some(versions, 1)
     versions.base = make_tiny(tmp_path / "other", seed=1)
-    with pytest.raises(VersionError, match=r"version 1 cannot be rebuilt.*is not the tensor that this difference starts"):
+    with pytest.raises(
+        VersionError, match=r"version 1 cannot be rebuilt.*is not the tensor that this difference starts"
+    ):
         next(versions.iter_version(1))
 
 

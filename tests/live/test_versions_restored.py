@@ -185,7 +185,9 @@ def test_with_a_damaged_parent_no_version_is_written(world: World) -> None:
     file = world.versions.checkpoint(4) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9] + b"\x01" * 9)
     version = world.versions.store.reserve("teach", 4)
-    with pytest.raises(VersionError, match="the files of version 4 do not hold the bytes that were committed; put the right"):
+    with pytest.raises(
+        VersionError, match="the files of version 4 do not hold the bytes that were committed; put the right"
+    ):
         world.versions.write(version, world.made[4])
     assert not any(name.startswith("v5") for name in names(world.versions))
     with pytest.raises(VersionError, match="the files of version 4 do not hold"):

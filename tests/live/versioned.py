@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.store import Store
@@ -12,6 +13,16 @@ from insitu.live.versions import Versions
 
 Tensors = dict[str, torch.Tensor]
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def small_base(directory: Path) -> Path:
+    """No model at all, but weights of a few kilobytes in a checkpoint's place: for many versions in little time."""
+    directory.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(40, 64, generator=draw).to(torch.bfloat16) for name in ("a.weight", "b.weight")}
+    save_file({**tensors, "b.bias": torch.zeros((), dtype=torch.bfloat16)}, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text("{}")
+    return directory
 
 
 def open_versions(state_dir: Path, base: Path, dtype: torch.dtype = torch.bfloat16) -> Versions:
