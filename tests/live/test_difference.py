@@ -1,5 +1,6 @@
-"""The exact difference of two blocks: forwards and backwards, whatever the bits; and damaged ones are an error, never a crash."""
+"""The exact difference of two blocks, forwards and backwards, whatever the bits; a damaged one is an error, never a crash."""
 
+import itertools
 import struct
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from insitu.live.difference import DTYPES, Bits, DifferenceError, apply, bits, encode
+from insitu.live.weights import arena
 
 # Bits of an element, and those below the exponent's second lowest bit: two binades are a class.
 FORMATS = {torch.bfloat16: (16, 8, 0x7F), torch.float16: (16, 11, 0x0F), torch.float32: (32, 24, 0x7F)}
@@ -39,7 +41,7 @@ def sides(draw: st.DrawFn, dtype: torch.dtype, min_size: int = 0) -> tuple[list[
 def parts(data: bytes, count: int) -> list[bytes]:
     sizes = struct.unpack_from(f"<{count}I", data)
     ends = np.cumsum([4 * count, *sizes]).tolist()
-    return [zstandard.ZstdDecompressor().decompress(data[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [zstandard.ZstdDecompressor().decompress(data[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def oracle(before: list[int], after: list[int], dtype: torch.dtype) -> list[bytes]:
@@ -68,7 +70,7 @@ def oracle(before: list[int], after: list[int], dtype: torch.dtype) -> list[byte
 
 
 def test_the_dtypes_are_those_of_the_arena() -> None:
-    assert DTYPES == {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    assert DTYPES == arena.DTYPES
 
 
 @every_dtype

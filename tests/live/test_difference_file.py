@@ -1,4 +1,4 @@
-"""The file of a version: what is read back is the other side bit for bit, and a file that is not what was written is noticed."""
+"""The file of a version: what comes back is the other side bit for bit; a file that is not what was written is noticed."""
 
 import hashlib
 import io
@@ -231,21 +231,21 @@ def entry(**other: Any) -> dict[str, Any]:
     return {"name": "a", "dtype": "bfloat16", "shape": [3], **sums, "offsets": [8, 8], **other}
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        b"", b"[]", b"7", b"null", b"{}", b"\xff\xfe", b'{"format": 1}', b'{"format": 1, "tensors": 3}', b'{"format": 1, "tensors": [3]}',
-        *(
-            json.dumps({"format": 1, "tensors": [each]}).encode()
-            for each in (
-                {"name": "a"}, entry(dtype="int8"), entry(offsets=[8]), entry(offsets=[]), entry(offsets=[8, 8, 8]), entry(offsets=[0, 8]),
-                entry(offsets=[9, 8]), entry(offsets=[8, 1 << 40]), entry(shape=[BLOCK + 1]), entry(shape=["x"]), entry(more=1),
-            )
-        ),
-    ],
-)  # fmt: skip
-def test_an_index_that_describes_no_tensors_is_damage(tmp_path: Path, index: bytes) -> None:
-    resealed(tmp_path / "file", index)
+def index(*tensors: Any) -> bytes:
+    return json.dumps({"format": 1, "tensors": tensors}).encode()
+
+
+NO_TENSORS = [
+    *(b"", b"[]", b"7", b"null", b"{}", b"\xff\xfe", b'{"format": 1}', b'{"format": 1, "tensors": 3}', index(3)),
+    *(index({"name": "a"}), index(entry(dtype="int8")), index(entry(shape=["x"])), index(entry(more=1))),
+    *(index(entry(offsets=offsets)) for offsets in ([], [8], [8, 8, 8], [0, 8], [9, 8], [8, 1 << 40])),
+    index(entry(shape=[BLOCK + 1])),
+]
+
+
+@pytest.mark.parametrize("content", NO_TENSORS)
+def test_an_index_that_describes_no_tensors_is_damage(tmp_path: Path, content: bytes) -> None:
+    resealed(tmp_path / "file", content)
     with pytest.raises(DifferenceError, match="/file is damaged"):
         DifferenceFile(tmp_path / "file")
 

@@ -12,7 +12,6 @@ from versioned import Tensors, back, base_tensors, digest, names, nudged, open_v
 from insitu.live.checkpoint import VersionError, write_checkpoint
 from insitu.live.records import Version
 from insitu.live.routes import History, Route
-from insitu.live.versions import Versions
 from insitu.live.weights.arena import Arena
 
 

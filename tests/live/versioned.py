@@ -1,4 +1,4 @@
-"""Versions over a tiny checkpoint, made as the learner makes them: differences to what was committed before, under its names."""
+"""Versions over a tiny checkpoint, made as the learner makes them: differences to what was committed, under its names."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ def small_base(directory: Path) -> Path:
     directory.mkdir()
     draw = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(40, 64, generator=draw).to(torch.bfloat16) for name in ("a.weight", "b.weight")}
-    save_file({**tensors, "b.bias": torch.zeros((), dtype=torch.bfloat16)}, directory / "model.safetensors", metadata={"format": "pt"})
+    tensors["b.bias"] = torch.zeros((), dtype=torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text("{}")
     return directory
 
