@@ -195,12 +195,12 @@ def test_killed_server_leaves_the_learner_alive_and_its_successor_serves_the_sam
 
 
 def test_full_disk_while_a_version_is_written_keeps_the_old_one(tmp_path: Path) -> None:
-    # 15 MB of weights: the limit stops the version's file, and nothing else that the learner writes.
+    # 15 MB of weights: the limit stops the version's file, and nothing else that the learner writes before it.
     wide = make_tiny(tmp_path / "wide", intermediate_size=20_000)
     with running(wide, tmp_path / "state", *QUICK) as client:
         arena = spy(client.facts["pid"], wide)
         before, learner = arena.sha256(), learner_pid(client)
-        limit = resource.prlimit(learner, resource.RLIMIT_FSIZE, (arena.num_bytes // 2, resource.RLIM_INFINITY))
+        limit = resource.prlimit(learner, resource.RLIMIT_FSIZE, (arena.num_bytes // 30, resource.RLIM_INFINITY))
         items = settle(client, post_lesson(client))
         assert {item["status"] for item in items} == {"refused"}
         assert "too large" in items[0]["reason"].lower(), items[0]["reason"]

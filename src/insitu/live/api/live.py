@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from insitu.live.api.auth import learn_key
 from insitu.live.api.errors import ApiError
 from insitu.live.api.schema import RollbackRequest
+from insitu.live.api.service import LiveService
 from insitu.live.api.serving import Serving
 from insitu.live.records import Rollback, Version
 
@@ -52,11 +53,9 @@ def live_router(serving: Serving, live_status: Callable[[], Mapping[str, Any]]) 
     ) -> Response:
         """200 when the version is served again, 202 when the learner has not got to it yet, 409 with the reason when it
         could not be done."""
-        target = _number(id)
-        version = None if target is None else await service.version(target)
-        if version is None or version.status != "committed":
-            found = "does not exist" if version is None else f"was never served: it is {version.status}"
-            raise ApiError(404, f"version {id} {found}", param="id", code="version_not_found")
+        version = await _committed(service, id)
+        if version.pruned:
+            raise ApiError(409, f"version {id} was pruned to save room; its bytes are gone", code="version_pruned")
         rollback = await service.add_rollback(version.id)
         until = time.monotonic() + timeout
         while rollback.status in ("queued", "running") and time.monotonic() < until:
@@ -68,6 +67,22 @@ def live_router(serving: Serving, live_status: Callable[[], Mapping[str, Any]]) 
             raise ApiError(409, rollback.reason or "the rollback failed", code="rollback_failed")
         return JSONResponse(_describe_rollback(rollback), 200 if rollback.status == "done" else 202)
 
+    @router.post("/v1/live/versions/{id}/pin", dependencies=may_learn)
+    async def pin(id: str) -> dict[str, Any]:
+        """Never prune this version."""
+        return await _pinned(id, True)
+
+    @router.post("/v1/live/versions/{id}/unpin", dependencies=may_learn)
+    async def unpin(id: str) -> dict[str, Any]:
+        return await _pinned(id, False)
+
+    async def _pinned(id: str, pinned: bool) -> dict[str, Any]:
+        version = await _committed(service, id)
+        if version.pruned:
+            raise ApiError(409, f"version {id} was pruned to save room; its bytes are gone", code="version_pruned")
+        await service.pin(version.id, pinned)
+        return _describe_version(await service.version(version.id) or version)
+
     @router.get("/v1/live/rollbacks/{id}", dependencies=may_learn)
     async def retrieve_rollback(id: str) -> dict[str, Any]:
         number = _number(id)
@@ -77,6 +92,15 @@ def live_router(serving: Serving, live_status: Callable[[], Mapping[str, Any]]) 
         return _describe_rollback(rollback)
 
     return router
+
+
+async def _committed(service: LiveService, id: str) -> Version:
+    number = _number(id)
+    version = None if number is None else await service.version(number)
+    if version is None or version.status != "committed":
+        found = "does not exist" if version is None else f"was never served: it is {version.status}"
+        raise ApiError(404, f"version {id} {found}", param="id", code="version_not_found")
+    return version
 
 
 def _state(healthy: bool, counts: Mapping[str, int], extra: Mapping[str, Any]) -> str:
@@ -103,6 +127,9 @@ def _describe_version(version: Version) -> dict[str, Any]:
         "target": version.target,
         "created": int(version.created),
         "sha256": version.sha256,
+        "bytes": 0 if version.file is None else version.file.bytes,
+        "pinned": version.pinned,
+        "pruned": version.pruned,
         "report": jsonable(version.report),
     }
 

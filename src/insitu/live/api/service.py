@@ -33,6 +33,8 @@ class LiveService(Protocol):
 
     async def versions(self) -> list[Version]: ...
 
+    async def pin(self, id: int, pinned: bool = True) -> None: ...
+
     async def add_rollback(self, target: int) -> Rollback: ...
 
     async def rollback(self, id: int) -> Rollback | None: ...
@@ -69,6 +71,9 @@ class LocalService:
 
     async def versions(self) -> list[Version]:
         return await run_in_threadpool(self._store.versions)
+
+    async def pin(self, id: int, pinned: bool = True) -> None:
+        await run_in_threadpool(self._store.pin, id, pinned)
 
     async def add_rollback(self, target: int) -> Rollback:
         return await run_in_threadpool(self._store.add_rollback, target)
