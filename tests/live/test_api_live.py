@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from api_fakes import KEYS, MODEL, World, chat_tokenizer, lesson, open_world
 
+from insitu.live.records import VersionFile
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
@@ -131,6 +133,27 @@ def test_only_committed_versions_can_be_rolled_back_to(world: World) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "version_not_found"), id
     assert world.store.open_rollbacks() == []
     assert world.client().get("/v1/live/rollbacks/1").status_code == 404
+
+
+def test_a_version_can_be_pinned_and_let_go(world: World) -> None:
+    version = world.store.reserve("teach", 0)
+    world.store.commit(version, "1" * 64, {}, VersionFile("v1.difference", 1234, "2" * 64, 0.01))
+    for verb, pinned in (("pin", True), ("pin", True), ("unpin", False)):
+        answer = world.client().post(f"/v1/live/versions/{version}/{verb}")
+        assert (answer.status_code, answer.json()["pinned"], answer.json()["bytes"]) == (200, pinned, 1234)
+        assert world.client().get("/v1/live/versions").json()["data"][-1]["pinned"] is pinned
+    assert world.client(KEYS.api).post(f"/v1/live/versions/{version}/pin").status_code == 403
+    assert world.client().post("/v1/live/versions/7/pin").status_code == 404
+
+
+@pytest.mark.parametrize("verb", ["pin", "unpin", "rollback"])
+def test_what_was_pruned_cannot_be_pinned_or_served(world: World, verb: str) -> None:
+    version = world.store.reserve("teach", 0)
+    world.store.commit(version, "1" * 64, {})
+    world.store.prune([version])
+    answer = world.client().post(f"/v1/live/versions/{version}/{verb}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "version_pruned")
+    assert world.store.open_rollbacks() == []
 
 
 def test_models_are_listed_and_retrieved_by_their_slashed_id(world: World) -> None:

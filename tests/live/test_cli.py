@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from processes import running, versions
 from tiny import make_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from insitu.live.client import Client
 
@@ -55,6 +56,40 @@ def test_learn_versions_status_and_rollback(client: Client, state_dir: Path, tmp
     assert undone.returncode == 0
     assert "bit for bit equal to version 0" in undone.stdout
     assert versions(client)[-1]["sha256"] == versions(client)[0]["sha256"]
+
+
+def test_a_version_is_exported_pinned_and_let_go(client: Client, state_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lesson.jsonl"
+    file.write_text(example("who lives there", "a badger") + "\n")
+    assert insitu(state_dir, "learn", str(file)).returncode == 0
+    made = versions(client)[-1]
+    out = tmp_path / "out"
+    exported = insitu(state_dir, "export", str(made["id"]), str(out))
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((out / "insitu-version.json").read_text())["sha256"] == made["sha256"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    served = client.reply([{"role": "user", "content": "who lives there"}], max_tokens=12)[0]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "who lives there"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    said = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(said, skip_special_tokens=True) == served
+
+    again = insitu(state_dir, "export", str(made["id"]), str(out))
+    assert (again.returncode, "exists; choose a new directory" in again.stderr) == (1, True)
+    unknown = insitu(state_dir, "export", "99", str(tmp_path / "other"))
+    assert (unknown.returncode, "version 99 does not exist; committed versions" in unknown.stderr) == (1, True)
+    nowhere = insitu(state_dir, "export", "0", str(tmp_path / "other"), "--state-dir", str(tmp_path))
+    assert (nowhere.returncode, "is not a state directory" in nowhere.stderr) == (1, True)
+    assert not (tmp_path / "other").exists()
+    assert list(tmp_path.glob(".*")) == []
+
+    assert insitu(state_dir, "pin", str(made["id"])).returncode == 0
+    assert "pinned" in insitu(state_dir, "versions").stdout
+    assert insitu(state_dir, "unpin", str(made["id"])).returncode == 0
+    assert "pinned" not in insitu(state_dir, "versions").stdout
+    insitu(state_dir, "rollback", "0")
 
 
 def test_learn_reads_standard_input(client: Client, state_dir: Path) -> None:
