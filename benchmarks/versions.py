@@ -95,7 +95,7 @@ def one_lesson(base: Path, dtype: str) -> dict[str, Any]:
     """The demo's first lesson at the defaults, and a single step of it, each from version 0."""
     with tempfile.TemporaryDirectory() as directory:
         lessons = Lessons(base, Path(directory), dtype)
-        examples = demo.SPEC["behaviours"]["fact"]["examples"]
+        examples = next(b for b in demo.SPEC["behaviours"] if b["name"] == "fact")["examples"]
         lesson = lessons.teach(examples, TeachConfig())
         back = lessons.restore(0)
         lessons.store.commit(lessons.store.reserve("rollback", lesson["version"], target=0), lessons.arena.sha256(), {})
@@ -107,7 +107,7 @@ def chain(base: Path, count: int) -> dict[str, Any]:
     """So many small lessons one after the other, each of another example; then every way back."""
     with tempfile.TemporaryDirectory() as directory:
         lessons = Lessons(base, Path(directory), "bfloat16")
-        examples = [e for behaviour in demo.SPEC["behaviours"].values() for e in behaviour["examples"]]
+        examples = [e for behaviour in demo.SPEC["behaviours"] for e in behaviour["examples"]]
         config = TeachConfig(max_steps=1, warmup_steps=0)
         made = []
         for i in range(count):
