@@ -4,45 +4,19 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable
 from datetime import datetime
-from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from insitu import __version__
+from insitu import __version__, cli_intake
+from insitu.cli_base import StateDir, connect, plainly
 from insitu.live.config import ServeConfig, default_state_dir
 
 app = App(name="insitu", version=__version__, help="Train the model you are serving, in place.")
-
-StateDir = Annotated[Path | None, Parameter(help="State directory of the server; ~/.local/state/insitu by default.")]
-
-
-def plainly(verb: Callable[..., None]) -> Callable[..., None]:
-    """Show what a user can mend as one line on stderr and exit with 1; anything else is our bug and keeps its traceback."""
-
-    @wraps(verb)
-    def run(*args: Any, **options: Any) -> None:
-        from insitu.data.messages import DataError
-        from insitu.live.client import ClientError
-
-        try:
-            verb(*args, **options)
-        except (ClientError, DataError) as error:
-            sys.exit(f"insitu: {error}")
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    return run
-
-
-def connect(state_dir: Path | None) -> Any:
-    from insitu.live.client import Client
-
-    return Client(state_dir or default_state_dir())
+cli_intake.add_to(app)
 
 
 @app.command
@@ -85,6 +59,7 @@ def serve(model: str | None = None, /, *, config: Annotated[ServeConfig | None, 
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     from insitu.live.packaged import SourceError
+    from insitu.live.records import StateError
     from insitu.live.server import StartError
     from insitu.live.versions import VersionError
     from insitu.live.weights.attach import AttachError
@@ -106,7 +81,7 @@ def serve(model: str | None = None, /, *, config: Annotated[ServeConfig | None, 
             from insitu.live.server import serve as serve_embedded
 
             serve_embedded(str(model), config)
-    except (StartError, SourceError, VersionError, AttachError, HandleError) as error:
+    except (StartError, StateError, SourceError, VersionError, AttachError, HandleError) as error:
         sys.exit(f"insitu: {error}")
 
 
@@ -170,17 +145,22 @@ def _learn(client: Any, examples: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    ids = [client.post("/v1/feedback", example)["id"] for example in examples]
     console = Console(stderr=True)
+    ids: list[str] = []
     items: list[dict[str, Any]] = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("queued", total=None)
-        for items in client.wait_learned(ids):  # noqa: B007 - the last one is read below
+        task = progress.add_task("posting", total=None)
+        for example in examples:
+            ids.append(client.post("/v1/feedback", example)["id"])
+            progress.update(task, description=f"posted {len(ids)} of {len(examples)} examples")
+        for items in client.wait_learned(ids):
             live = client.get("/v1/live")
-            progress.update(task, description=f"learning {len(ids)} examples, weights {live['weight_version']}")
-    refused = [item for item in items if item["status"] == "refused"]
+            progress.update(
+                task, description=f"learning {len(ids)} examples ({len(items)} done), weights {live['weight_version']}"
+            )
+    refused = [item for item in items if item["status"] != "applied"]
     for item in refused:
-        console.print(f"refused {item['id']}: {item['reason']}")
+        console.print(f"{item['status']} {item['id']}: {item['reason'] or 'see insitu feedback list'}")
     if applied := {item["weight_version"] for item in items if item["status"] == "applied"}:
         console.print(f"learned: the model is now version {', '.join(sorted(applied))}; undo with: insitu rollback V")
     if refused:
