@@ -116,9 +116,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
             _refuse_shared(file)
     except OSError as error:
-        raise StateError(
-            f"{path} cannot be opened: {error.strerror}; mend that, or choose another state directory"
-        ) from error
+        raise _unusable(path, str(error.strerror)) from error
     db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
     try:
         _prepare(db, path)
@@ -134,6 +132,10 @@ def damaged(path: Path, finding: str) -> StateError:
         f"{path} is damaged ({finding}); nothing was changed. Put a copy of the whole state directory back, or move the "
         "directory away to start anew; the versions that it holds are lost with the store"
     )
+
+
+def _unusable(path: Path, why: str) -> StateError:
+    return StateError(f"{path} cannot be opened ({why}); mend that, or choose another state directory")
 
 
 def is_damage(error: sqlite3.Error) -> bool:
@@ -182,7 +184,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             raise StateError(
                 f"{path} is not an insitu store; move it away, or choose another state directory"
             ) from error
-        raise damaged(path, str(error)) if is_damage(error) else StateError(f"{path}: {error}") from error
+        raise damaged(path, str(error)) if is_damage(error) else _unusable(path, str(error)) from error
     if found not in (0, SCHEMA):
         raise StateError(
             f"{path} has schema {found}, this insitu knows schema {SCHEMA}; use the insitu that wrote it, or choose "

@@ -52,9 +52,9 @@ class VLLMServer:
         with bind(config.host, config.port) as listener:  # a port in use is told at once; vLLM binds it again
             self.port = listener.getsockname()[1]
         _refuse_ranks(config.vllm_args)
-        self.base = source.resolve(model, yes=config.yes)
         self.keys = load_keys(self.state_dir)
         self.store = open_store(self.state_dir)  # a damaged one is told before vLLM is started
+        self.base = source.resolve(model, yes=config.yes)
         cores = sorted(os.sched_getaffinity(0))
         serving = cores[: config.threads or max(1, len(cores) // 2)]
         learning = [core for core in cores if core not in serving] or cores
