@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_fakes
 from api_fakes import KEYS, World, chat_tokenizer, lesson, open_world
 
 from insitu.live.records import Feedback, NotQueuedError, WrongStatusError
@@ -176,6 +177,16 @@ def test_the_list_is_paged_in_order_of_arrival(world: World) -> None:
     assert [item["id"] for item in held["data"]] == [ids[1], ids[3]]
     empty = http.get("/v1/feedback?status=applied").json()
     assert empty == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+
+
+def test_the_same_routes_are_under_vllm(tmp_path: Path) -> None:
+    under = vllm_fakes.World(tmp_path)
+    http = under.http()
+    id = http.post("/v1/feedback", json={"messages": lesson(), "hold": True}).json()["id"]
+    assert http.get("/v1/feedback?status=held").json()["data"][0]["id"] == id
+    assert http.post(f"/v1/feedback/{id}/release").json()["status"] == "queued"
+    assert http.delete(f"/v1/feedback/{id}").json()["status"] == "withdrawn"
+    under.store.close()
 
 
 def test_all_of_it_needs_the_learn_key(world: World) -> None:

@@ -159,6 +159,22 @@ def test_a_store_that_is_gone_while_its_versions_are_there_is_not_begun_anew(
     assert (state_dir / "versions" / "v1.diff").read_bytes() == b"one"
 
 
+def test_a_store_that_is_older_than_its_versions_is_refused(state_dir: Path, tmp_path: Path) -> None:
+    """An old copy of the store alone was put back."""
+    shutil.copy(state_dir / "insitu.db", tmp_path / "old.db")
+    store = open_store(state_dir)
+    store.commit(store.reserve("teach", 1, feedback=["id-9"]), "2" * 64, {})
+    store.reserve("teach", 2)
+    for name in ("v2.diff", "v3.partial"):  # the second of a process that was killed
+        (state_dir / "versions" / name).write_bytes(b"x")
+    store.close()
+    open_store(state_dir).close()
+    (state_dir / "insitu.db").write_bytes((tmp_path / "old.db").read_bytes())
+    with pytest.raises(StateError, match=r"does not know the version of versions/v2.diff: it is older.*insitu.db-wal"):
+        open_store(state_dir)
+    assert sorted(file.name for file in (state_dir / "versions").iterdir()) == ["v1.diff", "v2.diff", "v3.partial"]
+
+
 def test_a_whole_store_opens_and_one_of_a_killed_process_too(state_dir: Path) -> None:
     code = """
 import os, sys

@@ -1,5 +1,6 @@
 """The state directory as a server finds it: private, real, whole, or refused in one sentence. Nothing in it is ever mended."""
 
+import re
 from pathlib import Path
 
 from insitu.live.records import StateError
@@ -24,7 +25,7 @@ def state_directory(given: Path) -> Path:
 def open_store(state_dir: Path) -> Store:
     """The store, read in full and compared with what lies beside it. For the start of a server; StateError, nothing changed."""
     path = state_dir / "insitu.db"
-    versions = sorted(file.name for file in (state_dir / "versions").glob("*") if file.suffix != ".partial")
+    versions = sorted(file.name for file in (state_dir / "versions").glob("*"))
     if versions and (not path.exists() or not path.stat().st_size):
         raise _without_versions(path, versions)
     store = Store(path)
@@ -32,6 +33,7 @@ def open_store(state_dir: Path) -> Store:
         store.check()
         if versions and store.head() is None:
             raise _without_versions(path, versions)
+        _refuse_unknown(path, versions, {version.id for version in store.versions()})
     except BaseException:
         store.close()
         raise
@@ -44,3 +46,15 @@ def _without_versions(path: Path, versions: list[str]) -> StateError:
         f"{path} is missing or empty, but versions/ holds {len(versions)} files ({versions[0]}, ...); put a copy of the "
         f"whole state directory back, or move {path.parent} away to start anew"
     )
+
+
+def _refuse_unknown(path: Path, versions: list[str], known: set[int]) -> None:
+    """A version's id is in the store before its file is begun, so an unknown one is of a newer store: of a copy that was put
+    back alone, or without its -wal. Left at that, the files it does not know would be deleted."""
+    for name in versions:
+        if (found := re.match(r"v(\d+)\b", name)) and int(found[1]) not in known:
+            raise StateError(
+                f"{path} does not know the version of versions/{name}: it is older than the files beside it. Put a copy of the "
+                f"whole state directory back (insitu.db together with insitu.db-wal), or move versions/{name} away to go on "
+                "without it"
+            )
