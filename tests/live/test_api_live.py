@@ -28,6 +28,8 @@ def test_live_tells_what_is_served_and_what_is_waiting(world: World) -> None:
         "weight_version": "0+1",
         "head": 0,
         "feedback": {"queued": 1},
+        "counters": {"feedback.accepted": 1, "version.committed": 1, "version.reserved": 1},
+        "intake": {"max_queue": 10_000, "feedback_per_minute": 3000, "queue_full": 0, "rate_limited": 0},
         "learner": {"state": "attached", "pid": 7},
         "arena": {"bytes": 10, "odd": None},
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import running, versions
+from processes import running, settle, versions
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,6 +110,33 @@ def test_a_broken_line_names_file_line_and_field_and_teaches_nothing(
     assert "Traceback" not in result.stderr
     assert len(versions(client)) == before
     assert client.get("/v1/live")["feedback"].get("queued", 0) == 0
+
+
+def test_feedback_is_held_shown_released_and_withdrawn(client: Client, state_dir: Path) -> None:
+    turns = json.loads(example("where is it", "in the river"))
+    ids = [
+        client.post("/v1/feedback", {**turns, "id": id, "hold": True})["id"] for id in ("held-1", "held-2", "held-3")
+    ]
+    listed = insitu(state_dir, "feedback", "list", "--status", "held")
+    assert all(id in listed.stdout for id in ids), listed.stderr
+    assert "river" in insitu(state_dir, "feedback", "show", "held-1").stdout
+    assert insitu(state_dir, "feedback", "withdraw", *ids[:2]).stdout == "held-1 withdrawn\nheld-2 withdrawn\n"
+    assert insitu(state_dir, "feedback", "release", "held-3").stdout == "held-3 queued\n"
+    settle(client, ids[2:])
+    late = insitu(state_dir, "feedback", "hold", "held-3")
+    assert (late.returncode, late.stdout) == (1, "")
+    assert "held-3' is applied: roll back" in late.stderr
+    told = [json.loads(line) for line in insitu(state_dir, "events", "--limit", "200").stdout.splitlines()]
+    assert [e["kind"] for e in told if e["subject"] == "held-3"] == [
+        "feedback.accepted",
+        "feedback.released",
+        "feedback.applied",
+    ]
+    assert [e["kind"] for e in told if e["subject"] == "held-1"] == ["feedback.accepted", "feedback.withdrawn"]
+    report = versions(client)[-1]["report"]
+    committed = [e for e in told if e["kind"] == "version.committed"][-1]["detail"]
+    assert (committed["seconds"], committed["steps"]) == (report["seconds"], len(report["steps"]))
+    assert 0 < committed["stall"]["median"] <= committed["stall"]["max"]
 
 
 def test_chat_answers_and_takes_a_correction(client: Client, state_dir: Path) -> None:

@@ -150,6 +150,10 @@ def test_killed_learner_is_noticed_and_its_trial_undone(model: Path, tmp_path: P
         second = wait_for(lambda: learner_pid(client), what="another learner")
         assert second != first
         assert [v["status"] for v in versions(client)][:2] == ["committed", "lost"]
+        told = [(e["kind"], e["subject"], e["detail"]) for e in client.get("/v1/live/events")["data"]]
+        (repaired,) = [(subject, detail["torn"]) for kind, subject, detail in told if kind == "repair.done"]
+        assert repaired == ("version 0", True)
+        assert {"learner.died", "version.lost", "feedback.requeued"} <= {kind for kind, _, _ in told}
         # What was accepted is not forgotten, and the lost id is not used again.
         assert {item["status"] for item in settle(client, ids)} == {"applied"}
         assert versions(client)[-1]["id"] == 2

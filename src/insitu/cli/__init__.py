@@ -3,7 +3,7 @@
 from cyclopts import App
 
 from insitu import __version__
-from insitu.cli import serving, teaching, versions
+from insitu.cli import intake, serving, teaching, versions
 
 app = App(name="insitu", version=__version__, help="Train the model you are serving, in place.")
 for verb in (
@@ -11,7 +11,9 @@ for verb in (
     serving.serve,
     teaching.chat,
     teaching.learn,
+    intake.feedback,
     serving.status,
+    intake.events,
     versions.versions,
     versions.rollback,
     versions.pin,

@@ -20,10 +20,11 @@ def plainly(verb: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **options: Any) -> None:
         from insitu.data.messages import DataError
         from insitu.live.client import ClientError
+        from insitu.live.records import StateError
 
         try:
             verb(*args, **options)
-        except (ClientError, DataError) as error:
+        except (ClientError, DataError, StateError) as error:
             sys.exit(f"insitu: {error}")
         except KeyboardInterrupt:
             sys.exit(130)

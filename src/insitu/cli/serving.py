@@ -54,6 +54,7 @@ def serve(model: str | None = None, /, *, config: Annotated[ServeConfig | None, 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     from insitu.live.checkpoint import VersionError
     from insitu.live.packaged import SourceError
+    from insitu.live.records import StateError
     from insitu.live.server import StartError
     from insitu.live.weights.attach import AttachError
     from insitu.live.weights.handles import HandleError
@@ -74,7 +75,7 @@ def serve(model: str | None = None, /, *, config: Annotated[ServeConfig | None, 
             from insitu.live.server import serve as serve_embedded
 
             serve_embedded(str(model), config)
-    except (StartError, SourceError, VersionError, AttachError, HandleError) as error:
+    except (StartError, StateError, SourceError, VersionError, AttachError, HandleError) as error:
         sys.exit(f"insitu: {error}")
 
 

@@ -67,17 +67,22 @@ def _learn(client: Any, examples: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    ids = [client.post("/v1/feedback", example)["id"] for example in examples]
     console = Console(stderr=True)
+    ids: list[str] = []
     items: list[dict[str, Any]] = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("queued", total=None)
-        for items in client.wait_learned(ids):  # noqa: B007 - the last one is read below
+        task = progress.add_task("posting", total=None)
+        for example in examples:
+            ids.append(client.post("/v1/feedback", example)["id"])
+            progress.update(task, description=f"posted {len(ids)} of {len(examples)} examples")
+        for items in client.wait_learned(ids):
             live = client.get("/v1/live")
-            progress.update(task, description=f"learning {len(ids)} examples, weights {live['weight_version']}")
-    refused = [item for item in items if item["status"] == "refused"]
+            progress.update(
+                task, description=f"learning {len(ids)} examples ({len(items)} done), weights {live['weight_version']}"
+            )
+    refused = [item for item in items if item["status"] != "applied"]
     for item in refused:
-        console.print(f"refused {item['id']}: {item['reason']}")
+        console.print(f"{item['status']} {item['id']}: {item['reason'] or 'see insitu feedback list'}")
     if applied := {item["weight_version"] for item in items if item["status"] == "applied"}:
         console.print(f"learned: the model is now version {', '.join(sorted(applied))}; undo with: insitu rollback V")
     if refused:

@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+# What `insitu serve` tells the vLLM it starts, and what a vLLM that was started otherwise may be told.
+MAX_QUEUE = "INSITU_MAX_QUEUE"
+FEEDBACK_PER_MINUTE = "INSITU_FEEDBACK_PER_MINUTE"
+DEFAULT_MAX_QUEUE = 10_000
+DEFAULT_FEEDBACK_PER_MINUTE = 3_000
+
 
 def default_state_dir() -> Path:
     """``$INSITU_STATE``, else ``$XDG_STATE_HOME/insitu``, else ``~/.local/state/insitu``."""
@@ -95,6 +101,8 @@ class ServeConfig:
         max_requests: Embedded engine: requests computed at once; more wait their turn.
         cache_tokens: Embedded engine: room for keys and values, in tokens, all requests together.
         threads: Cores for serving; 0 is half of them. The rest learn.
+        max_queue: Feedback items that may wait, queued or held; further ones get 429.
+        feedback_per_minute: Posts of feedback taken in a minute, on average and at once; further ones get 429.
         teach: How the learner teaches.
     """
 
@@ -110,4 +118,12 @@ class ServeConfig:
     max_requests: int = 8
     cache_tokens: int = 16384
     threads: int = 0
+    max_queue: int = DEFAULT_MAX_QUEUE
+    feedback_per_minute: int = DEFAULT_FEEDBACK_PER_MINUTE
     teach: TeachConfig = field(default_factory=TeachConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_queue", "feedback_per_minute"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; expected an integer, 1 or more")

@@ -11,9 +11,11 @@ is answered from them again. If this process dies instead, the server notices an
 import fcntl
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from insitu.live import retention
 from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
-from insitu.live.records import Feedback, Rollback
+from insitu.live.events import note
+from insitu.live.records import Feedback, NotQueuedError, Rollback
 from insitu.live.store import Store
 from insitu.live.transaction import RefusedError, Transaction
 from insitu.live.versions import Versions
@@ -50,6 +53,8 @@ class Learner:
     def work(self) -> None:
         """Do jobs until the server is gone (ConnectionError)."""
         waiting_since: float | None = None
+        newest, newest_since = "", 0.0
+        note(self.store, "learner.attached", "learner", pid=os.getpid(), head=self.store.head())
         while True:
             for request in self.store.open_rollbacks():
                 self.roll_back(request)
@@ -57,10 +62,13 @@ class Learner:
             if items:
                 # A file of examples arrives as many posts: wait for a short silence, or a full job.
                 waiting_since = waiting_since or time.monotonic()
-                silent = time.time() - items[-1].created > _GATHER_SECONDS
+                if items[-1].id != newest:  # timed here: the clock by which it was stamped may have jumped since
+                    newest, newest_since = items[-1].id, time.monotonic()
+                silent = time.monotonic() - newest_since > _GATHER_SECONDS
                 if silent or len(items) == _MAX_ITEMS or time.monotonic() - waiting_since > 10 * _GATHER_SECONDS:
                     waiting_since = None
-                    self.teach(items)
+                    with suppress(NotQueuedError):  # held or withdrawn just now: the others are taken next time
+                        self.teach(items)
                     continue
             if self.engine.server_gone():
                 raise ConnectionError("the server is gone")
@@ -142,7 +150,7 @@ class Learner:
         """Serve the bytes of an older version again, as a new version."""
         parent = self.served.head()
         done = self.store.version(parent)
-        if request.status == "running" and done and done.target == request.target and done.created >= request.created:
+        if request.status == "running" and done and done.target == request.target and parent > request.after:
             # An earlier learner died between the commit and this note of it.
             self.store.update_rollback(request.id, "done", version=parent)
             return

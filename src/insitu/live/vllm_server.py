@@ -22,10 +22,12 @@ from pathlib import Path
 import httpx2
 
 from insitu.live import packaged, source
-from insitu.live.config import ServeConfig
+from insitu.live.config import FEEDBACK_PER_MINUTE, MAX_QUEUE, ServeConfig
+from insitu.live.events import note
 from insitu.live.keeper import LearnerKeeper
 from insitu.live.keys import Keys, load_keys
 from insitu.live.server import StartError, bind, lock
+from insitu.live.state import open_store, state_directory
 from insitu.live.weights import handles
 
 log = logging.getLogger("insitu.server")
@@ -45,13 +47,14 @@ class VLLMServer:
             )
         self.config = config
         self.model_name = model if model == packaged.SMOLLM2 else Path(model).name
-        self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
+        self.state_dir = state_directory(config.state_dir)
         self._lock = lock(self.state_dir / "server.lock", self.state_dir)
         with bind(config.host, config.port) as listener:  # a port in use is told at once; vLLM binds it again
             self.port = listener.getsockname()[1]
         _refuse_ranks(config.vllm_args)
-        self.base = source.resolve(model, yes=config.yes)
         self.keys = load_keys(self.state_dir)
+        self.store = open_store(self.state_dir)  # a damaged one is told before vLLM is started
+        self.base = source.resolve(model, yes=config.yes)
         cores = sorted(os.sched_getaffinity(0))
         serving = cores[: config.threads or max(1, len(cores) // 2)]
         learning = [core for core in cores if core not in serving] or cores
@@ -84,6 +87,7 @@ class VLLMServer:
                 (self.state_dir / "server.json").unlink(missing_ok=True)
                 code, why = self._vllm.wait(), self._last_words()
                 self._end()  # whatever is left of its process group
+                note(self.store, "server.stopped", "server", reason=f"vLLM ended with exit code {code}")
                 if not was_ready:
                     raise StartError(f"vLLM did not start (exit code {code}): {why}; its log is {self._log}")
                 delay = 1.0 if time.monotonic() - started > 120 else min(60.0, delay * 2)
@@ -98,7 +102,11 @@ class VLLMServer:
     def close(self) -> None:
         (self.state_dir / "server.json").unlink(missing_ok=True)
         self._keeper.close()
+        told = self._vllm is not None and self._vllm.poll() is None
         self._end()
+        if told:
+            note(self.store, "server.stopped", "server", reason="it was told to")
+        self.store.close()
         self._lock.close()
 
     @property
@@ -125,6 +133,8 @@ class VLLMServer:
             **os.environ,
             "VLLM_PLUGINS": f"{plugins},insitu" if plugins else "insitu",
             "INSITU_STATE": str(self.state_dir),
+            MAX_QUEUE: str(self.config.max_queue),
+            FEEDBACK_PER_MINUTE: str(self.config.feedback_per_minute),
             PARENT: str(os.getpid()),
         }
         with self._log.open("wb") as output:

@@ -41,7 +41,7 @@ class ApiError(Exception):
             self.headers["x-should-retry"] = "false"
 
     def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 403: "permission_error"}
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 

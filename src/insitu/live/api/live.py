@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from insitu.live.api.auth import learn_key
 from insitu.live.api.errors import ApiError
-from insitu.live.api.schema import RollbackRequest
+from insitu.live.api.schema import Nothing, as_list
 from insitu.live.api.service import LiveService
 from insitu.live.api.serving import Serving
-from insitu.live.records import Rollback, Version
+from insitu.live.records import Event, Rollback, Version
 
 _POLL_SECONDS = 0.1
 
@@ -36,9 +36,23 @@ def live_router(serving: Serving, live_status: Callable[[], Mapping[str, Any]]) 
             "weight_version": serving.engine.version,
             "head": await service.head(),
             "feedback": counts,
+            "counters": await service.counters(),
+            "intake": serving.limits.status(),
             "learner": {},
         }
         return {name: jsonable(fact) for name, fact in {**facts, **extra}.items()}
+
+    @router.get("/v1/live/events")
+    async def list_events(
+        after: Annotated[
+            int | None, Query(ge=0, lt=2**63, description="Events after this one; else the last ones.")
+        ] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> dict[str, Any]:
+        found = await service.events(after, limit + 1)
+        more = len(found) > limit
+        # Without `after` it is the newest that are wanted, so the one too many is the oldest.
+        return as_list([_describe_event(e) for e in (found[-limit:] if after is None else found[:limit])], more)
 
     @router.get("/v1/live/versions")
     async def list_versions() -> dict[str, Any]:
@@ -48,7 +62,7 @@ def live_router(serving: Serving, live_status: Callable[[], Mapping[str, Any]]) 
     async def roll_back(
         request: Request,
         id: str,
-        body: RollbackRequest | None = None,
+        body: Nothing | None = None,
         timeout: Annotated[float, Query(ge=0, le=300, description="Seconds to wait for the learner.")] = 30,
     ) -> Response:
         """200 when the version is served again, 202 when the learner has not got to it yet, 409 with the reason when it
@@ -131,6 +145,17 @@ def _describe_version(version: Version) -> dict[str, Any]:
         "pinned": version.pinned,
         "pruned": version.pruned,
         "report": jsonable(version.report),
+    }
+
+
+def _describe_event(event: Event) -> dict[str, Any]:
+    return {
+        "object": "live.event",
+        "id": event.id,
+        "created": int(event.created),
+        "kind": event.kind,
+        "subject": event.subject,
+        "detail": jsonable(event.detail),
     }
 
 

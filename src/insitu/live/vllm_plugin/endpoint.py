@@ -17,6 +17,7 @@ from insitu.live.api import errors
 from insitu.live.api.auth import Guard
 from insitu.live.api.detokenize import Detokenizer
 from insitu.live.api.feedback import feedback_router
+from insitu.live.api.limits import limits_of_environment
 from insitu.live.api.live import live_router
 from insitu.live.api.service import LocalService
 from insitu.live.api.serving import Serving
@@ -24,8 +25,10 @@ from insitu.live.config import default_state_dir
 from insitu.live.control import ControlServer
 from insitu.live.engines.base import EngineInfo
 from insitu.live.engines.vllm import VLLMEngine
+from insitu.live.events import note
 from insitu.live.keys import load_keys
 from insitu.live.repair import repair
+from insitu.live.state import state_directory
 from insitu.live.store import Store
 from insitu.live.vllm_plugin import LOAD_FORMAT
 from insitu.live.vllm_plugin.answers import Answers, note_spans
@@ -33,7 +36,6 @@ from insitu.live.vllm_plugin.gate import Gate
 from insitu.live.vllm_plugin.refusals import RefusedError
 from insitu.live.vllm_plugin.worker import WeightClient
 from insitu.live.vllm_server import PARENT
-from insitu.live.weights import handles
 from insitu.live.weights.arena import resident
 
 log = logging.getLogger("insitu.vllm")
@@ -58,7 +60,7 @@ class Endpoint:
             raise RefusedError(
                 "--load-format insitu and --api-server-count do not go together: one process talks to the learner"
             )
-        self.state_dir = handles.private_directory(default_state_dir().expanduser().resolve())
+        self.state_dir = state_directory(default_state_dir())
         self.weights = WeightClient(self.state_dir / "run")  # the engine is up: vLLM builds the application after it
         self.store = Store(self.state_dir / "insitu.db")
         keys = load_keys(self.state_dir)
@@ -72,7 +74,8 @@ class Endpoint:
         name = (args.served_model_name or [args.model])[0]
         self.engine = VLLMEngine(EngineInfo(name, 0, ()), self.weights.header.label)
         service = LocalService(self.store)
-        serving = Serving(self.engine, service, tokenizer, Detokenizer(tokenizer), keys, int(time.time()))
+        limits = limits_of_environment()
+        serving = Serving(self.engine, service, tokenizer, Detokenizer(tokenizer), keys, int(time.time()), limits)
         errors.install(app)
         app.include_router(feedback_router(serving))
         app.include_router(live_router(serving, self.live_status))
@@ -96,6 +99,7 @@ class Endpoint:
             self.engine, self.weights, self.state_dir / "run" / "engine.sock", self._repair, proven=False
         )
         self.control.start()
+        note(self.store, "server.started", "server", pid=os.getpid(), engine="vllm", version=self.weights.header.label)
 
     def closed(self) -> str | None:
         """Why nobody may be answered yet, or None."""
@@ -108,10 +112,17 @@ class Endpoint:
         return "the learner has not yet compared the weights with their version"
 
     def _repair(self, paused: bool) -> None:
+        found = self.weights.header
+        note(self.store, "learner.died", "learner", found=found.label, paused=paused)
         try:
             head = self.store.head()
             assert head is not None
-            repair(self.engine, self.weights.header, head, lambda: self.weights.restore(head), paused)
+
+            def restore() -> None:
+                self.weights.restore(head)
+                note(self.store, "repair.done", f"version {head}", found=found.label, torn=bool(found.writer))
+
+            repair(self.engine, self.weights.header, head, restore, paused)
         except Exception:  # nobody may be answered from weights of which nothing is known
             log.exception("the last committed version could not be restored; vLLM ends")
             os.kill(os.getpid(), signal.SIGTERM)
