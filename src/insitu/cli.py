@@ -201,7 +201,7 @@ def versions(*, state_dir: StateDir = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("version", "kind", "status", "from", "made", "examples", "loss", "reason")
+    table = Table("version", "kind", "status", "from", "made", "examples", "loss", "verdict", "reason")
     for row in connect(state_dir).get("/v1/live/versions")["data"]:
         report = row["report"]
         steps = report.get("steps") or [{}]
@@ -213,9 +213,10 @@ def versions(*, state_dir: StateDir = None) -> None:
         )
         made = datetime.fromtimestamp(row["created"]).strftime("%Y-%m-%d %H:%M:%S")
         examples = str(report.get("examples", ""))
-        table.add_row(
-            str(row["id"]), row["kind"], row["status"], origin, made, examples, losses, str(report.get("reason", ""))
-        )
+        verdict = report.get("verdict", {})
+        reason = str(report.get("reason", "; ".join(verdict.get("reasons", []))))
+        level = str(verdict.get("level", ""))
+        table.add_row(str(row["id"]), row["kind"], row["status"], origin, made, examples, losses, level, reason)
     Console().print(table)
 
 
@@ -232,6 +233,9 @@ def rollback(version: int, /, *, state_dir: StateDir = None) -> None:
         sys.stdout.write(f"version {done['version']} is served, bit for bit equal to version {version}\n")
     else:
         sys.stdout.write(f"the rollback is {done['status']}: the learner is busy; see insitu versions\n")
+
+
+app.command("insitu.cli_canary:canary", name="canary")
 
 
 @app.command

@@ -168,3 +168,7 @@ class FeedbackRequest(_Body):
 
 class RollbackRequest(_Body):
     """Nothing to say: the version is in the path."""
+
+
+class CanaryRequest(_Body):
+    prompt: Text
