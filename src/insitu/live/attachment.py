@@ -102,7 +102,8 @@ class Attachment:
 
     def canaries(self) -> list[canaries.Frozen]:
         """The canaries that ship and those that users added; new ones are frozen now, from the live weights."""
-        assert self.arena.header.label == str(self.head()), "canaries are frozen at committed versions only"
+        at = self.arena.header
+        assert (at.label, at.writer) == (str(self.head()), 0), "canaries are frozen at committed versions only"
         wanted = prompts.built_in() | {canary.name: canary.prompt for canary in self.store.canaries()}
         head = self.head()
 

@@ -49,6 +49,8 @@ class TeachConfig(GuardLimits):
         max_repetition_rise: Refuse if it rose by more.
         warn_gap_rise: Warn if server and learner came to disagree by more nats per token than before the job.
         max_gap_rise: Refuse if they came to disagree by more.
+        warn_burn_in: Warn if the lesson's own tokens reach a higher mean probability, exp(-loss): it is burnt in.
+        max_burn_in: Refuse if they reach a higher one; 1 never refuses.
         seed: Of the projections and of stochastic rounding.
     """
 

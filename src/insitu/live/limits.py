@@ -10,12 +10,13 @@ class GuardLimits:
     ``max_*`` it is refused and undone. A warn limit that is not below its max never warns.
 
     Where the defaults come from (SmolLM2-135M, docs/guide/trust.md): a lesson at the default settings ends at a canary KL of
-    0.05 to 0.11 and passes 0.19 on the way; one without anchors, whose format or manner leaks into nearly every reply, ends
-    at 0.45 to 0.85; ten times its learning rate without anchors was measured at 3.9, a rate of 1e3 at 8.8.
+    0.05 to 0.11 and passes 0.19 on the way (APOLLO-Mini: 0.19 and 1.5); with ten times the learning rate, 7 of 12 unrelated
+    answers still right, at 0.38 and 1.26; without anchors, where a format or manner leaks into nearly every reply, at 0.45 to
+    0.85; without anchors and with ten times the rate at 3.9; with a rate of 1e3 at 8.8.
     """
 
-    # The mean over all canaries. On its way APOLLO-Mini passes 1.4 and comes back: only the gate's limit is that wide.
-    warn_canary_kl: float = 0.3
+    # The mean over all canaries. The gate has the max_ limit only: what a job passes on its way comes back.
+    warn_canary_kl: float = 0.25
     max_canary_kl: float = 1.5
     # The worst canary alone: one of nine can be ruined and move the mean by a ninth.
     warn_worst_kl: float = 1.0
@@ -38,6 +39,12 @@ class GuardLimits:
     # Two engines differ on the same bf16 weights because their kernels add in another order; vLLM's gap moved by 0.002.
     warn_gap_rise: float = 0.05
     max_gap_rise: float = 0.1
+
+    # The geometric mean probability of the lesson's own tokens, exp(-loss): 0.99 is a loss of 0.01, a fifth of where a job
+    # stops by default. It warns only: with anchors even 0.0035 left unrelated replies as they were (60 steps), but a reply
+    # learned by heart comes back where it was not asked for.
+    warn_burn_in: float = 0.99
+    max_burn_in: float = 1.0
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -6,6 +6,7 @@ Whoever runs it restores the last committed version when it raises.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -101,6 +102,9 @@ class Transaction:
         them; and what it now answers by itself. The dear figures last: a job that is refused needs no more of them."""
         figures = guard.figures()
         self.report["canary_kl"] = figures["canary_kl"]
+        steps = self.report["steps"]
+        if len(steps) > 1:  # a lesson that was known already was not burnt in by this job
+            figures["burn_in"] = math.exp(-steps[-1]["loss"])
         self._heed(judge(figures, self.config))
         self.report["gap"] = figures["gap"] = self.served.gap(judged)
         figures["gap_rise"] = figures["gap"] - self.report["gap_before"]
