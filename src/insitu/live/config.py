@@ -33,6 +33,7 @@ class TeachConfig(GuardLimits):
         rank_share: A tensor whose projected side is m has rank min(rank, m // rank_share).
         limiter: Norm-growth limiter of the paper (1.01); none by default: a job is too short for it to help.
         replay: Earlier applied examples that take part as anchors, so that old lessons are kept.
+        max_lesson_repetition: Refuse an example of 32 or more target tokens that repeat themselves by a higher score, 0 to 1.
         warn_canary_kl: Commit with a warning if unrelated replies (canaries) changed by more nats per token in the job.
         max_canary_kl: Undo and refuse the job if they changed by more; also the gate after every single step.
         warn_worst_kl: The same for the canary that changed most.
@@ -65,13 +66,14 @@ class TeachConfig(GuardLimits):
     rank_share: int = 8
     limiter: float | None = None
     replay: int = 0
+    max_lesson_repetition: float = 0.8
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("apollo", "apollo-mini"):
             raise ValueError(f"optimizer={self.optimizer!r}; expected 'apollo' or 'apollo-mini'")
         check_limits(self)
-        for name in ("learning_rate", "target_loss", "anchor_weight"):
+        for name in ("learning_rate", "target_loss", "anchor_weight", "max_lesson_repetition"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r}; expected a finite number, 0 or more")

@@ -22,6 +22,7 @@ from insitu.data.chat import DataError, Example
 from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
+from insitu.live.degenerate import refuse_degenerate
 from insitu.live.records import Feedback, Rollback
 from insitu.live.store import Store
 from insitu.live.transaction import RefusedError, Transaction
@@ -69,7 +70,9 @@ class Learner:
         encoded: list[tuple[Feedback, Example]] = []
         for item in items:
             try:
-                encoded.append((item, self.served.encode(item)))
+                example = self.served.encode(item)
+                refuse_degenerate(example, self.config.max_lesson_repetition)
+                encoded.append((item, example))
             except DataError as error:
                 self.store.refuse(item.id, str(error))
         if not encoded:
