@@ -69,7 +69,8 @@ def test_drift_goes_on_from_version_0_and_an_added_canary_says_since_when(client
     assert mine["kl"] == pytest.approx(mine["drift_kl"], abs=0.02)
     assert "[my]" not in str(versions(client))  # a report goes to whoever may ask; a prompt may be private
     assert "How is [my] shop?" in insitu(state_dir, "canary", "list").stdout
-    assert (state_dir / FILE).stat().st_mode & 0o77 == 0 or state_dir.stat().st_mode & 0o77 == 0
+    assert state_dir.stat().st_mode & 0o77 == 0  # the prompts are in a file there
+    assert (state_dir / FILE).exists()
 
     removed = insitu(state_dir, "canary", "remove", "canary-1")
     assert removed.returncode == 0
