@@ -3,7 +3,7 @@
 from cyclopts import App
 
 from insitu import __version__
-from insitu.cli import intake, serving, teaching, versions
+from insitu.cli import canary, intake, serving, teaching, versions
 
 app = App(name="insitu", version=__version__, help="Train the model you are serving, in place.")
 for verb in (
@@ -19,6 +19,7 @@ for verb in (
     versions.pin,
     versions.unpin,
     versions.export,
+    canary.canary,
     serving.doctor,
 ):
     app.command(verb)

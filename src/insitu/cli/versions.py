@@ -14,7 +14,7 @@ def versions(*, state_dir: StateDir = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("version", "kind", "status", "from", "made", "examples", "loss", "MB", "reason")
+    table = Table("version", "kind", "status", "from", "made", "examples", "loss", "MB", "verdict", "reason")
     for row in connect(state_dir).get("/v1/live/versions")["data"]:
         report = row["report"]
         steps = report.get("steps") or [{}]
@@ -28,8 +28,10 @@ def versions(*, state_dir: StateDir = None) -> None:
         examples = str(report.get("examples", ""))
         status = "pruned" if row["pruned"] else row["status"] + (", pinned" if row["pinned"] else "")
         size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
-        reason = str(report.get("reason", ""))
-        table.add_row(str(row["id"]), row["kind"], status, origin, made, examples, losses, size, reason)
+        verdict = report.get("verdict", {})
+        level = str(verdict.get("level", ""))
+        reason = str(report.get("reason", "; ".join(verdict.get("reasons", []))))
+        table.add_row(str(row["id"]), row["kind"], status, origin, made, examples, losses, size, level, reason)
     Console().print(table)
 
 

@@ -20,11 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from insitu.data.chat import DataError, Example, encode_continuation, encode_messages
+from insitu.data.chat import DataError, Example
 from insitu.live import retention
 from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
+from insitu.live.degenerate import refuse_degenerate
 from insitu.live.events import note
 from insitu.live.records import Feedback, NotQueuedError, Rollback
 from insitu.live.store import Store
@@ -79,7 +80,9 @@ class Learner:
         encoded: list[tuple[Feedback, Example]] = []
         for item in items:
             try:
-                encoded.append((item, self._encode(item)))
+                example = self.served.encode(item)
+                refuse_degenerate(example, self.config.max_lesson_repetition)
+                encoded.append((item, example))
             except DataError as error:
                 self.store.refuse(item.id, str(error))
         if not encoded:
@@ -99,7 +102,7 @@ class Learner:
             raise
         except RefusedError as error:
             self._undo(parent)
-            self.store.abandon(version, "refused", str(error), {**report, **error.figures})
+            self.store.abandon(version, "refused", str(error), report)
             log.warning("version %d refused: %s", version, error)
         except Exception as error:
             # Anything that goes wrong in a job (a full disk, memory, our own bug) ends the job and not the service; the
@@ -113,21 +116,6 @@ class Learner:
             log.info("version %d committed", version)
             self._serve_as(version)
             self._tidy(version)
-
-    def _encode(self, item: Feedback) -> Example:
-        payload = item.payload
-        frozen = bool(payload.get("freeze_context", False))
-        if item.kind == "messages":
-            return encode_messages(
-                self.served.tokenizer, payload["messages"], max_length=self.served.context_length, freeze_context=frozen
-            )
-        return encode_continuation(
-            payload["context_ids"],
-            payload["continuation_ids"],
-            vocab_size=self.served.model.config.vocab_size,
-            max_length=self.served.context_length,
-            freeze_context=frozen,
-        )
 
     def _serve_as(self, version: int) -> None:
         """The bytes already are this version's: let every answer from now on say so."""

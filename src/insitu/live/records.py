@@ -122,6 +122,24 @@ class Completion:
         return cls(r["id"], r["key"], json.loads(r["messages"]), r["text"], r["weight_version"])
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A prompt that a user added to those by which updates are judged."""
+
+    id: int
+    created: float
+    prompt: str
+
+    @property
+    def name(self) -> str:
+        """How it is listed and reported; its prompt may be private."""
+        return f"canary-{self.id}"
+
+    @classmethod
+    def of(cls, r: sqlite3.Row) -> Self:
+        return cls(r["id"], r["created"], r["prompt"])
+
+
 class IdInUseError(ValueError):
     """A feedback id was used before with other content."""
 

@@ -17,6 +17,7 @@ from insitu.live.database import damaged, is_damage
 from insitu.live.events import Events, figures, record
 from insitu.live.intake import Intake
 from insitu.live.records import (
+    Canary,
     FeedbackStatus,
     JobStatus,
     Rollback,
@@ -183,6 +184,30 @@ class Store(Intake, Events):
     def change_counter(self) -> int:
         """Grows whenever another process has committed a change; cheap enough to ask ten times a second."""
         return int(self._rows("PRAGMA data_version")[0][0])
+
+    # -- canaries ------------------------------------------------------------------------------------------------------
+    def add_canary(self, prompt: str) -> tuple[Canary, bool]:
+        """Judge updates by this prompt too. Returns it and whether it is new: a client may repeat a POST."""
+        with self._transaction() as db:
+            added = db.execute(
+                "INSERT INTO canaries (created, prompt) VALUES (?, ?) ON CONFLICT (prompt) DO NOTHING",
+                (time.time(), prompt),
+            )
+            row = db.execute("SELECT * FROM canaries WHERE prompt = ?", (prompt,)).fetchone()
+            return Canary.of(row), added.rowcount == 1
+
+    def canaries(self) -> list[Canary]:
+        return [Canary.of(r) for r in self._rows("SELECT * FROM canaries ORDER BY id")]
+
+    def remove_canary(self, id: int) -> bool:
+        """Whether there was one of this id."""
+        with self._transaction() as db:
+            return db.execute("DELETE FROM canaries WHERE id = ?", (id,)).rowcount == 1
+
+    # -- replay --------------------------------------------------------------------------------------------------------
+    def applied_ids(self) -> list[str]:
+        """The feedback whose lessons are in the served weights (commit() keeps the marks), in order of arrival."""
+        return [r["id"] for r in self._rows("SELECT id FROM feedback WHERE status = 'applied' ORDER BY seq")]
 
 
 def _tell_of_rollback(db: sqlite3.Connection, rollback: sqlite3.Row) -> None:

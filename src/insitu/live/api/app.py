@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from insitu.live.api import errors
 from insitu.live.api.auth import MAX_BODY, Guard
+from insitu.live.api.canaries import canaries_router
 from insitu.live.api.chat import chat_router
 from insitu.live.api.completions import completions_router
 from insitu.live.api.detokenize import Detokenizer
@@ -55,4 +56,5 @@ def create_app(
     app.include_router(completions_router(serving))
     app.include_router(feedback_router(serving))
     app.include_router(live_router(serving, live_status))
+    app.include_router(canaries_router(serving))
     return app

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 
-from insitu.live.records import Completion, Event, Feedback, FeedbackKind, FeedbackStatus, Rollback, Version
+from insitu.live.records import Canary, Completion, Event, Feedback, FeedbackKind, FeedbackStatus, Rollback, Version
 from insitu.live.store import Store
 
 
@@ -58,6 +58,12 @@ class LiveService(Protocol):
     async def add_rollback(self, target: int) -> Rollback: ...
 
     async def rollback(self, id: int) -> Rollback | None: ...
+
+    async def add_canary(self, prompt: str) -> tuple[Canary, bool]: ...
+
+    async def canaries(self) -> list[Canary]: ...
+
+    async def remove_canary(self, id: int) -> bool: ...
 
 
 class LocalService:
@@ -126,3 +132,12 @@ class LocalService:
 
     async def rollback(self, id: int) -> Rollback | None:
         return await run_in_threadpool(self._store.rollback, id)
+
+    async def add_canary(self, prompt: str) -> tuple[Canary, bool]:
+        return await run_in_threadpool(self._store.add_canary, prompt)
+
+    async def canaries(self) -> list[Canary]:
+        return await run_in_threadpool(self._store.canaries)
+
+    async def remove_canary(self, id: int) -> bool:
+        return await run_in_threadpool(self._store.remove_canary, id)

@@ -15,6 +15,7 @@ from typing import Any
 
 from insitu.live.api import errors
 from insitu.live.api.auth import Guard
+from insitu.live.api.canaries import canaries_router
 from insitu.live.api.detokenize import Detokenizer
 from insitu.live.api.feedback import feedback_router
 from insitu.live.api.limits import limits_of_environment
@@ -79,6 +80,7 @@ class Endpoint:
         errors.install(app)
         app.include_router(feedback_router(serving))
         app.include_router(live_router(serving, self.live_status))
+        app.include_router(canaries_router(serving))
         # The last one added is the first one asked: the guard, then the gate, then the notes on answers.
         app.add_middleware(Answers, service=service, version=lambda: self.engine.version)
         app.add_middleware(Gate, closed=self.closed)
