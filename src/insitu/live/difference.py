@@ -143,16 +143,19 @@ def _unpack(data: bytes | memoryview, parts: int, most: int) -> tuple[int, Itera
         ends = list(itertools.accumulate(sizes, initial=1 + 4 * parts))
         if ends[-1] != len(data):
             raise DifferenceError(f"a stored difference has {len(data)} bytes, its parts need {ends[-1]}")
-        decompressor = zstandard.ZstdDecompressor()
-        found = [
-            decompressor.decompress(data[start:end], max_output_size=most, allow_extra_data=False)
-            if end > start
-            else b""
-            for start, end in itertools.pairwise(ends)
-        ]
+        found = [_decompress(data[start:end], most) for start, end in itertools.pairwise(ends)]
     except (zstandard.ZstdError, struct.error) as error:
         raise DifferenceError(f"a stored difference cannot be unpacked: {error}") from error
-    return floor, (np.frombuffer(part, np.uint8) for part in found)
+    return floor, iter(found)
+
+
+def _decompress(frame: bytes | memoryview, most: int) -> NDArray[np.uint8]:
+    if not frame:
+        return np.empty(0, np.uint8)
+    # A frame says its size, and so much is allocated, whatever max_output_size is: look before.
+    if not 0 <= (size := zstandard.frame_content_size(frame)) <= most:
+        raise DifferenceError(f"a part of a stored difference would have {size} bytes; expected at most {most}")
+    return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False), np.uint8)
 
 
 def _exactly(data: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:

@@ -1,16 +1,15 @@
 """The file of a version: the exact difference of every tensor to the version it came from.
 
-    | magic | blocks ... | index (JSON) | offset of the index, sha256 of all before, magic |
+    | magic | blocks ... | index (JSON) | offset of the index | sha256 of all before | magic |
 
 It is written front to back, so nothing need be known in advance, and it is whole or it is not opened: the checksum at the end
-covers every byte before it. The index gives each tensor's dtype and shape, the sha256 of its bytes on both sides, and the
-offsets of its blocks, one for each slice of :data:`insitu.live.difference.BLOCK` elements.
+covers every byte before it, and what follows it is compared. The index gives each tensor's dtype and shape, the sha256 of its
+bytes on both sides, and the offsets of its blocks, one for each slice of :data:`insitu.live.difference.BLOCK` elements.
 """
 
 import hashlib
 import json
 import math
-import mmap
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,8 @@ from numpy.typing import NDArray
 from insitu.live.difference import BLOCK, DTYPES, Bits, DifferenceError, apply, bits, encode
 
 MAGIC = b"INSITUD\x01"
+_FORMAT = 1
+_OFFSET = struct.Struct("<Q")
 _TRAILER = struct.Struct("<Q32s8s")
 
 
@@ -42,11 +43,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished file: bytes, sha256 of all of it, and |after - before| / |before| over all tensors."""
+    """A finished file: bytes, sha256 of all of it, and |after - before| / |before| over all tensors. ``before`` is the sha256
+    of the tensors it starts from, in the order in which they came."""
 
     bytes: int
     sha256: str
     norm_ratio: float
+    before: str
 
 
 class _Hashed:
@@ -75,6 +78,7 @@ def write(
     out = _Hashed(file)
     out.write(MAGIC)
     entries = []
+    whole = hashlib.sha256()
     moved = norm = 0.0
     with ThreadPoolExecutor(threads) as pool:
         for name, old in before:
@@ -83,6 +87,7 @@ def write(
                 raise DifferenceError(f"{name!r} is not the same kind of tensor on both sides")
             was, now = bits(old), bits(new)
             sums = pool.map(_sha256, (was, now))
+            hashed = pool.submit(whole.update, was.data)
             offsets = [out.size]
             for data, squares in pool.map(_block, *zip(*_slices(was, now, new.dtype), strict=True)):
                 out.write(data)
@@ -90,13 +95,16 @@ def write(
                 moved, norm = moved + squares[0], norm + squares[1]
             dtype = str(new.dtype).removeprefix("torch.")
             sum_before, sum_after = sums
+            hashed.result()  # before the next tensor is added
             entries.append(Entry(name, dtype, list(new.shape), sum_before, sum_after, offsets))
     if left := after.keys() - {entry.name for entry in entries}:
         raise DifferenceError(f"{min(left)!r} is not in the version before")
     index = out.size
-    out.write(json.dumps({"format": 1, "tensors": [asdict(entry) for entry in entries]}).encode())
-    out.write(_TRAILER.pack(index, out.digest.digest(), MAGIC))
-    return Written(out.size, out.digest.hexdigest(), math.sqrt(moved / norm) if norm else math.inf)
+    out.write(json.dumps({"format": _FORMAT, "tensors": [asdict(entry) for entry in entries]}).encode())
+    out.write(_OFFSET.pack(index))
+    out.write(out.digest.digest() + MAGIC)
+    ratio = math.sqrt(moved / norm) if norm else math.inf
+    return Written(out.size, out.digest.hexdigest(), ratio, whole.hexdigest())
 
 
 def _sha256(block: Bits) -> str:
@@ -128,30 +136,40 @@ class DifferenceFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError) as error:  # a file of no bytes cannot be mapped
+            # Not mmap, which keeps a descriptor: a chain may be longer than a process may have files open.
+            size = path.stat().st_size
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
             raise DifferenceError(f"{path} cannot be read: {error}") from error
+        self._data = mapped.numpy().data.cast("B")
         try:
-            self.entries = self._verified()
+            told = self._verified()
+            if (found := told["format"]) == _FORMAT:
+                self.entries = {entry["name"]: Entry(**entry) for entry in told["tensors"]}
+                for entry in self.entries.values():
+                    _check(entry, len(self._data))
         except (struct.error, ValueError, KeyError, TypeError) as error:
             raise DifferenceError(f"{path} is damaged: {error}") from error
+        if found != _FORMAT:
+            raise DifferenceError(
+                f"{path} has format {found}, this insitu knows format {_FORMAT}; use the one that wrote it"
+            )
 
-    def _verified(self) -> dict[str, Entry]:
+    def _verified(self) -> Any:
+        """The index, of a file that is whole."""
         end = len(self._data) - _TRAILER.size
         index, digest, magic = _TRAILER.unpack_from(self._data, max(end, 0))
         if magic != MAGIC or self._data[: len(MAGIC)] != MAGIC or not index < end:
             raise ValueError("it does not begin and end as a difference does")
-        if hashlib.sha256(self._data[:end]).digest() != digest:
+        if hashlib.sha256(self._data[: end + _OFFSET.size]).digest() != digest:
             raise ValueError("its checksum is wrong")
-        told: dict[str, Any] = json.loads(bytes(self._data[index:end]))
-        if told["format"] != 1:
-            raise ValueError(f"it has format {told['format']}, this insitu knows format 1")
-        return {entry["name"]: Entry(**entry) for entry in told["tensors"]}
+        return json.loads(bytes(self._data[index:end]))
 
     def applied(self, name: str, block: Bits, pool: ThreadPoolExecutor, *, backwards: bool) -> Bits:
         """The other side of a whole tensor's bits. Raises DifferenceError if ``block`` is not the side it starts from."""
-        entry = self.entries[name]
+        entry = self.entries.get(name)
+        if entry is None:
+            raise DifferenceError(f"{self.path} has no {name!r}")
         given, wanted = (entry.after, entry.before) if backwards else (entry.before, entry.after)
         if _sha256(block) != given:
             raise DifferenceError(f"{self.path}: {name!r} is not the tensor that this difference starts from")
@@ -164,3 +182,11 @@ class DifferenceFile:
         if _sha256(other) != wanted:
             raise DifferenceError(f"{self.path}: {name!r} does not become what it should")
         return other
+
+
+def _check(entry: Entry, size: int) -> None:
+    """What only a file made by other hands can have wrong, as the checksum was right."""
+    blocks = max(1, -(-math.prod(entry.shape) // BLOCK))
+    places = [len(MAGIC), *entry.offsets, size]
+    if entry.dtype not in DTYPES or len(entry.offsets) != blocks + 1 or places != sorted(places):
+        raise ValueError(f"{entry.name!r} is not described as a tensor is")

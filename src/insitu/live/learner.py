@@ -23,6 +23,7 @@ from typing import Any
 from insitu.data.chat import DataError, Example
 from insitu.live import retention
 from insitu.live.attachment import Attachment
+from insitu.live.checkpoint import VersionError
 from insitu.live.config import TeachConfig
 from insitu.live.control import EngineClient
 from insitu.live.degenerate import refuse_degenerate
@@ -175,12 +176,16 @@ class Learner:
             raise RefusedError(str(error)) from error
 
     def _tidy(self, head: int) -> None:
-        """What makes the next job and an undo quick, and keeps the disk from filling; a job never fails for it."""
-        try:
-            self.versions.keep_image(head, self.served.views)
-            retention.tidy(self.versions, self.config.keep_versions)
-        except OSError as error:
-            log.warning("after version %d: %s", head, error)
+        """What keeps the disk from filling, and makes the next job and an undo quick; a job never fails for it. On a full
+        disk the first makes room for the second; if an old version is damaged, the second is needed all the more."""
+        for work in (
+            lambda: retention.tidy(self.versions, self.config.keep_versions),
+            lambda: self.versions.keep_image(head, self.served.views),
+        ):
+            try:
+                work()
+            except (OSError, VersionError) as error:
+                log.warning("after version %d: %s", head, error)
 
 
 def run(state_dir: Path, config: TeachConfig, linger: float = 60.0) -> None:

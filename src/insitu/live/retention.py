@@ -7,11 +7,13 @@ checkpoint, it is written, and they go.
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from insitu.live.checkpoint import write_checkpoint
-from insitu.live.versions import Versions, remove
+from insitu.live.checkpoint import remove, write_checkpoint
+from insitu.live.routes import History
+from insitu.live.versions import Versions
 
 log = logging.getLogger("insitu.versions")
 
@@ -25,9 +27,13 @@ class NoRoomError(OSError):
     """There is no room for another version; nothing was changed."""
 
 
-def usage(directory: Path) -> int:
-    """Bytes of all files under ``directory``."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+def usage(path: Path) -> int:
+    """Bytes of a file, or of all files under a directory; what is not there, or goes meanwhile, takes none."""
+    total = 0
+    for file in [path, *path.rglob("*")]:
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def require_room(versions: Versions, weight_bytes: int, limit_gb: float | None) -> None:
@@ -47,58 +53,72 @@ def require_room(versions: Versions, weight_bytes: int, limit_gb: float | None) 
 
 
 def tidy(versions: Versions, keep: int) -> list[int]:
-    """Prune what the rule lets go; returns the pruned versions. Raises OSError when a checkpoint cannot be written."""
-    store = versions.store
-    committed = {v.id: v for v in store.versions() if v.status == "committed" and not v.pruned}
-    if not committed:
-        return []
-    contents = {id: versions.content(id) for id in committed}
-    last = sorted(committed)[-keep:]
-    pinned = [id for id, v in committed.items() if v.pinned]
-    kept = {contents[id] for id in [*last, *pinned]} | {0}
-    full = {id: files for id, files in versions.full().items() if id == 0 or versions.checkpoint(id).exists()}
+    """Prune what the rule lets go; returns the pruned versions. For the learner alone: nobody may be writing a version.
 
-    oldest = min(contents[id] for id in last)
-    if oldest not in full:
-        without = _superfluous(versions, kept, full, committed)
-        beyond = _superfluous(versions, kept, {**full, oldest: []}, committed)
-        weights = sum(file.stat().st_size for file in full[0])
-        saved = sum(_size(versions, id) for id in beyond - without)
-        saved += sum(usage(versions.checkpoint(id)) for id in beyond & full.keys())
-        if saved > weights:
-            origin = {"version": oldest, "sha256": committed[oldest].sha256, "base": str(versions.base)}
-            write_checkpoint(versions.checkpoint(oldest), versions.base, versions.iter_version(oldest), origin)
-            log.info("version %d was written in full", oldest)
-            full[oldest] = []
-    gone = _superfluous(versions, kept, full, committed)
-    _prune(versions, gone)
+    Raises:
+        OSError: a checkpoint cannot be written; what needs none is pruned all the same.
+        VersionError: a version that must stay cannot be rebuilt; nothing that it may need is pruned.
+    """
+    versions.discard_uncommitted()
+    gone = _prune(versions, keep)  # before anything is written: there may be no room
+    if (oldest := _worth_a_checkpoint(versions, keep)) is not None:
+        recorded = versions.store.version(oldest)
+        assert recorded is not None
+        origin = {"version": oldest, "sha256": recorded.sha256, "base": str(versions.base)}
+        # Not from the undo image, which a power cut may have torn: this is going to be the only copy.
+        tensors = versions.rebuild(oldest, versions.full(images=False))
+        write_checkpoint(versions.checkpoint(oldest), versions.base, tensors, origin, sha256=recorded.sha256)
+        log.info("version %d was written in full", oldest)
+        gone += _prune(versions, keep)
     return sorted(gone)
 
 
-def _superfluous(
-    versions: Versions, kept: set[int], full: Mapping[int, object], committed: Mapping[int, object]
-) -> set[int]:
-    """Versions over whose files no way from one of ``full`` to one of ``kept`` leads. Rollbacks have no files."""
-    used: set[int] = set()
+def _last(history: History, keep: int) -> list[int]:
+    """The contents of the last versions."""
+    return [history.content(id) for id in sorted(history.left())[-keep:]]
+
+
+def _pinned(history: History) -> set[int]:
+    return {id for id, version in history.known.items() if version.pinned}
+
+
+def _superfluous(versions: Versions, history: History, keep: int, full: Iterable[int]) -> set[int]:
+    """Versions over whose files no way from one of ``full`` to one that is kept leads. Rollbacks have no files."""
+    kept = {0, *_last(history, keep), *(history.content(id) for id in _pinned(history))}
+    ways = history.ways(full)
+    used = set()
     for id in kept:
-        route = versions.route(id, full)
+        route = history.route(id, ways)
         used |= {route.start, *(file for file, _ in route.steps)}
-    with_files = {id for id in committed if versions.path(id).exists() or versions.checkpoint(id).exists()}
+    with_files = {id for id in history.left() if versions.path(id).exists() or versions.checkpoint(id).exists()}
     return with_files - used - kept
 
 
-def _size(versions: Versions, id: int) -> int:
-    file = versions.path(id)
-    return file.stat().st_size if file.exists() else 0
+def _worth_a_checkpoint(versions: Versions, keep: int) -> int | None:
+    """The oldest of the last versions, if a checkpoint of it would make more superfluous than it takes."""
+    history, full = versions.history(), versions.full(images=False)
+    if not history.known or (oldest := min(_last(history, keep))) in full:
+        return None
+    beyond = _superfluous(versions, history, keep, [*full, oldest])
+    saved = sum(usage(path) for id in beyond for path in (versions.path(id), versions.checkpoint(id)))
+    return oldest if saved > sum(usage(file) for file in full[0]) else None
 
 
-def _prune(versions: Versions, gone: set[int]) -> None:
+def _prune(versions: Versions, keep: int) -> list[int]:
     """First the store says that they are gone, then they go: nobody may find half of one."""
-    if not gone:
-        return
-    versions.store.prune(sorted(gone))
-    log.info("pruned versions %s", sorted(gone))
-    for id in gone:
+    while True:
+        history = versions.history()
+        if not history.known:
+            return []
+        superfluous = _superfluous(versions, history, keep, versions.full(images=False))
+        gone = sorted(history.repeating(superfluous))
+        if not gone:
+            return []
+        if versions.store.prune(gone, _pinned(history)):  # else somebody has pinned one meanwhile
+            break
+    log.info("pruned versions %s", gone)
+    for id in superfluous:
         for path in (versions.path(id), versions.checkpoint(id)):
             if path.exists():
                 remove(path)
+    return gone

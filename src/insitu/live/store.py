@@ -8,7 +8,7 @@ is trained under them and are never used twice (AUTOINCREMENT).
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
@@ -126,14 +126,26 @@ class Store(Intake, Events):
                 intake.queue_again(db, id)
 
     def pin(self, id: int, pinned: bool = True) -> None:
-        """Never prune this version, or let it be pruned again."""
+        """Never prune this version, or let it be pruned again. Raises ValueError for one whose bytes are not there."""
         with self._transaction() as db:
-            db.execute("UPDATE versions SET pinned = ? WHERE id = ?", (int(pinned), id))
+            done = db.execute(
+                "UPDATE versions SET pinned = ? WHERE id = ? AND status = 'committed' AND pruned = 0", (int(pinned), id)
+            )
+            if done.rowcount != 1:
+                found = db.execute(
+                    "SELECT pruned FROM versions WHERE id = ? AND status = 'committed'", (id,)
+                ).fetchone()
+                why = "does not exist" if found is None else "was pruned to save room, its bytes are gone"
+                raise ValueError(f"version {id} {why}; expected one of those that /v1/live/versions lists as committed")
 
-    def prune(self, ids: Sequence[int]) -> None:
-        """Their bytes are about to be deleted: from now on nobody may ask for them."""
+    def prune(self, ids: Collection[int], pinned: Collection[int]) -> bool:
+        """Their bytes are about to be deleted: from now on nobody may ask for them. Does nothing, and returns False, when by
+        now other versions are pinned than ``pinned``, for which they may be needed."""
         with self._transaction() as db:
+            if {row["id"] for row in db.execute("SELECT id FROM versions WHERE pinned")} != set(pinned):
+                return False
             db.executemany("UPDATE versions SET pruned = 1 WHERE id = ?", [(id,) for id in ids])
+            return True
 
     def head(self) -> int | None:
         """The last committed version, or None in a new state directory."""

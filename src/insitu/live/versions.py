@@ -5,27 +5,26 @@ Version 0 is the checkpoint that was served first. A lesson's version is the exa
 Whoever wants weights, at start-up, for undo or for export, goes through :meth:`Versions.iter_version`, so a restarted
 server never serves the base by accident.
 
-A version is rebuilt from the nearest one that is there in full: the base, a checkpoint that compaction wrote, or the *undo
-image*, a copy of the last committed version. Differences can be applied in both directions, so the way may lead back as
-well as forward.
+A version is rebuilt from the nearest one that is there in full: the base, a checkpoint that compaction wrote, or an *undo
+image*, a copy of the last committed version or of the one before. Differences can be applied in both directions, so the way
+may lead back as well as forward (:mod:`insitu.live.routes`).
 """
 
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from insitu.live import difference_file
-from insitu.live.checkpoint import VersionError, checkpoint_files, read, save_tensors, sync
+from insitu.live.checkpoint import VersionError, checkpoint_files, read, remove, save_tensors, sync
 from insitu.live.difference import DTYPES, DifferenceError, bits
 from insitu.live.difference_file import DifferenceFile
 from insitu.live.keeper import held
 from insitu.live.records import Version, VersionFile
+from insitu.live.routes import History
 from insitu.live.store import Store
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena
@@ -36,14 +35,6 @@ _IMAGE = "undo-v{}.safetensors"
 _CHECKPOINT = "checkpoint-v{}"
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How to come by a version: start from one that is there in full, apply differences (version, backwards) to it."""
-
-    start: int
-    steps: tuple[tuple[int, bool], ...] = ()
-
-
 class Versions:
     """The versions of one state directory over one base checkpoint."""
 
@@ -51,13 +42,17 @@ class Versions:
         self.directory = state_dir / "versions"
         self.base = base
         self.store = store
-        self.directory.mkdir(mode=0o700, exist_ok=True)
+        if not self.directory.exists():
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            sync(state_dir)  # its name must be as durable as what will be in it
 
     # -- which there are -----------------------------------------------------------------------------------------------
+    def history(self) -> History:
+        return History(self.store.versions())
+
     def content(self, version: int) -> int:
-        """The version whose file holds the bytes of ``version``: itself, or what a rollback repeats."""
-        known = {v.id: v for v in self.store.versions() if v.status == "committed"}
-        return _content(version, known)
+        """The version whose bytes these are: itself, or what a rollback repeats. Raises VersionError when they are gone."""
+        return self.history().content(version)
 
     def path(self, version: int) -> Path:
         """The file of a version's difference."""
@@ -67,62 +62,51 @@ class Versions:
         """The directory of a version that compaction wrote in full."""
         return self.directory / _CHECKPOINT.format(version)
 
-    def full(self) -> dict[int, list[Path]]:
-        """The files of every version that is there in full, the undo image last."""
-        found = {0: checkpoint_files(self.base)}
-        for directory in self.directory.glob(_CHECKPOINT.format("*")):
-            found[int(directory.name.rpartition("v")[2])] = checkpoint_files(directory)
-        for image in self.directory.glob(_IMAGE.format("*")):
-            found.setdefault(int(image.stem.rpartition("v")[2]), [image])
-        return found
+    def full(self, *, images: bool = True) -> dict[int, list[Path]]:
+        """The files of every version that is there in full, the undo image last; ``images=False`` leaves that out.
 
-    def route(self, version: int, full: Mapping[int, object]) -> Route:
-        """The shortest way to a version from one of ``full``. Raises VersionError when there is none, saying why."""
-        known = {v.id: v for v in self.store.versions() if v.status == "committed"}
-        content = _content(version, known)
-        neighbours: dict[int, list[tuple[int, int, bool]]] = {}
-        for v in known.values():
-            if v.kind == "teach" and not v.pruned and v.parent is not None:
-                parent = _content(v.parent, known, pruned=True)
-                # Found from the end: on the way to the parent this difference is undone, on the way to the child done.
-                neighbours.setdefault(v.id, []).append((parent, v.id, False))
-                neighbours.setdefault(parent, []).append((v.id, v.id, True))
-        came: dict[int, tuple[tuple[int, bool], ...]] = {content: ()}
-        queue = deque([content])
-        while queue:
-            at = queue.popleft()
-            if at in full:
-                return Route(at, came[at])
-            for other, file, backwards in neighbours.get(at, []):
-                if other not in came:
-                    came[other] = ((file, backwards), *came[at])
-                    queue.append(other)
-        raise VersionError(f"nothing is left from which version {version} could be rebuilt")
+        What was pruned does not count, though a process that was killed may have left files of it.
+        """
+        left = self.history().left()
+        there = {path.name for path in self.directory.iterdir()}
+        found = {0: checkpoint_files(self.base)}
+        found |= {v: checkpoint_files(self.checkpoint(v)) for v in left if self.checkpoint(v).name in there}
+        if images:
+            kept = {v: [self.directory / _IMAGE.format(v)] for v in left if _IMAGE.format(v) in there}
+            found = {**found, **{v: files for v, files in kept.items() if v not in found}}
+        return found
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def iter_version(self, version: int, *, replay: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of a committed version, by its name in the model; with ``replay`` from the base checkpoint alone.
+        """Every tensor of a committed version, by its name in the model and in the order of names; with ``replay`` from the
+        base checkpoint and differences alone.
 
         Raises VersionError naming what is missing, or is not what was written.
         """
-        full = self.full()
-        route = self.route(version, {0: full[0]} if replay else full)
+        yield from self.rebuild(version, {0: checkpoint_files(self.base)} if replay else self.full())
+
+    def rebuild(self, version: int, full: Mapping[int, list[Path]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same, from one of ``full``. Every difference is checked on both sides; what needs none is as it lies there."""
+        history = self.history()
+        route = history.route(version, history.ways(full))
         tensors = read(full[route.start])
         if not route.steps:
             yield from tensors
             return
         try:
             files = [(DifferenceFile(self.path(v)), backwards) for v, backwards in route.steps]
-            entries = files[0][0].entries
+            missing = dict(files[-1][0].entries)
             with ThreadPoolExecutor(_cores()) as pool:
                 for name, tensor in tensors:
-                    if name not in entries:  # a tied tensor's other name
+                    if (entry := missing.pop(name, None)) is None:  # a tied tensor's other name
                         continue
-                    dtype = DTYPES[entries[name].dtype]
+                    dtype = DTYPES[entry.dtype]
                     block = bits(tensor.to(dtype))
                     for file, backwards in files:
                         block = file.applied(name, block, pool, backwards=backwards)
-                    yield name, torch.from_numpy(block.view(f"i{block.itemsize}")).view(dtype).view(tensor.shape)
+                    yield name, torch.from_numpy(block.view(f"i{block.itemsize}")).view(dtype).view(entry.shape)
+            if missing:
+                raise DifferenceError(f"version {route.start}, from which it is rebuilt, lacks {min(missing)!r}")
         except DifferenceError as error:
             raise VersionError(
                 f"version {version} cannot be rebuilt: {error}; put the right file back, or roll back to another version"
@@ -145,8 +129,8 @@ class Versions:
             head = 0
         elif first.sha256 != loaded:
             raise VersionError(
-                f"{self.directory.parent} belongs to another model ({self.store.get_meta('base')}); choose another "
-                f"--state-dir for {self.base}"
+                f"{self.directory.parent} belongs to another model ({self.store.get_meta('base')}), or to this one in another "
+                f"--dtype; choose another --state-dir for {self.base}"
             )
         self.store.set_meta("base", str(self.base))
         if self.content(head) == 0:
@@ -165,15 +149,17 @@ class Versions:
         arena.mark_writing()
         try:
             self._fill(recorded, arena, aliases)
-        except VersionError as error:
-            if not (images := list(self.directory.glob(_IMAGE.format("*")))):
-                raise
-            # It is only a copy, and a power cut may have torn it: the durable files may know better.
-            log.warning("%s; trying again without the undo image", error)
-            for image in images:
-                image.unlink()
+        except (VersionError, attach.AttachError) as error:
+            self._distrust_images(error)
             self._fill(recorded, arena, aliases)
         arena.stamp(version)
+
+    def _distrust_images(self, error: Exception) -> None:
+        """Whatever was read wrong shall be read again, from durable files: the image is only a copy, and a power cut may have
+        torn it. Also, a learner that outlived its server may just have pruned what the way led over."""
+        log.warning("%s; trying again without the undo image", error)
+        for image in self.directory.glob(_IMAGE.format("*")):
+            image.unlink(missing_ok=True)
 
     def _fill(self, version: Version, arena: Arena, aliases: Mapping[str, str]) -> None:
         with torch.no_grad():
@@ -192,32 +178,47 @@ class Versions:
         """
         reserved = self.store.version(version)
         assert reserved is not None
+        assert reserved.status == "reserved", f"version {version} is {reserved.status}"
         assert reserved.parent is not None
         target = self.path(version)
         partial = target.with_suffix(".partial")
-        before = ((name, tensor.to(views[name].dtype)) for name, tensor in self._names(reserved.parent, views))
         try:
-            with partial.open("wb") as file:
-                written = difference_file.write(file, before, views, _cores())
+            try:
+                written = self._write(partial, reserved.parent, views)
+            except VersionError as error:
+                self._distrust_images(error)
+                written = self._write(partial, reserved.parent, views)
             sync(partial)
             partial.replace(target)
             sync(self.directory)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(
-                error.errno, f"version {version} could not be written to {self.directory}: {error}"
-            ) from error
-        except BaseException:
-            partial.unlink(missing_ok=True)
+        except BaseException as error:
+            for file in (partial, target):  # also when only its name could not be made durable
+                file.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                said = f"version {version} could not be written to {self.directory}: {error}"
+                raise OSError(error.errno, said) from error
             raise
         return VersionFile(target.name, written.bytes, written.sha256, written.norm_ratio)
 
-    def _names(self, parent: int, views: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parent without the other names of tied tensors, which a checkpoint may repeat."""
-        return ((name, tensor) for name, tensor in self.iter_version(parent) if name in views)
+    def _write(self, file: Path, parent: int, views: Mapping[str, torch.Tensor]) -> difference_file.Written:
+        """The difference to ``parent``. Raises VersionError when that was read as other bytes than were committed: no chain
+        would ever lead over a difference to those."""
+        # A checkpoint may repeat a tied tensor under its other name.
+        tensors = ((name, tensor) for name, tensor in self.iter_version(parent) if name in views)
+        before = ((name, tensor.to(views[name].dtype)) for name, tensor in tensors)
+        with file.open("wb") as opened:
+            written = difference_file.write(opened, before, views, _cores())
+        recorded = self.store.version(parent)
+        if recorded is None or recorded.sha256 != written.before:
+            raise VersionError(
+                f"the files of version {parent} do not hold the bytes that were committed; put the right files back, or roll "
+                "back to another version"
+            )
+        return written
 
     def keep_image(self, version: int, views: Mapping[str, torch.Tensor]) -> None:
-        """Let the undo image be this version, whose bytes ``views`` are. The base is its own image.
+        """Let there be an undo image of this version, whose bytes ``views`` are, and keep that of the version before, so that
+        one step back is a copy. The base is its own image.
 
         It is a cache: not synced, and checked whenever it is used. Raises OSError when there is no room; an older image then
         still serves.
@@ -232,12 +233,19 @@ class Versions:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
+        recorded = self.store.version(version)
+        assert recorded is not None
+        history = self.history()
+        before = history.content(recorded.parent) if recorded.parent in history.left() else None
         for other in self.directory.glob(_IMAGE.format("*")):
-            if other != image:
-                other.unlink()
+            if other not in (image, self.directory / _IMAGE.format(before)):
+                other.unlink(missing_ok=True)
 
     def discard_uncommitted(self) -> list[Path]:
-        """Delete files of versions that were never committed: left-overs of a process that was killed while writing."""
+        """Delete files of versions that were never committed, or were pruned: left-overs of a process that was killed.
+
+        Nobody may be writing a version: either the learner calls this, or there is none.
+        """
         committed = {v.id for v in self.store.versions() if v.status == "committed" and not v.pruned}
         kept = {self.path(v) for v in committed} | {self.checkpoint(v) for v in committed}
         kept |= {self.directory / _IMAGE.format(v) for v in committed}
@@ -245,36 +253,6 @@ class Versions:
         for file in stray:
             remove(file)
         return stray
-
-
-def _content(version: int, known: Mapping[int, Version], *, pruned: bool = False) -> int:
-    """The version whose bytes these are; one that was pruned only if that is asked for."""
-    at = version
-    while True:
-        found = known.get(at)
-        if found is None:
-            raise VersionError(f"version {version} does not exist; committed versions: {_listed(known)}")
-        if found.pruned and not pruned:
-            raise VersionError(
-                f"version {version} was pruned to save room, its bytes are gone; versions that are left: {_listed(known)}"
-            )
-        if found.target is None:
-            return at
-        at = found.target
-
-
-def _listed(known: Mapping[int, Version]) -> list[int]:
-    return [v.id for v in known.values() if not v.pruned]
-
-
-def remove(path: Path) -> None:
-    """A file, or a directory of files."""
-    if path.is_dir() and not path.is_symlink():
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
-    else:
-        path.unlink()
 
 
 def _cores() -> int:
