@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from insitu.data.chat import DataError, Example, encode_continuation, encode_messages
+from insitu.live import disk
 from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
-from insitu.live.control import EngineClient
+from insitu.live.control import EngineClient, HeldError
 from insitu.live.records import Feedback, Rollback
 from insitu.live.store import Store
 from insitu.live.transaction import RefusedError, Transaction
@@ -32,6 +33,7 @@ log = logging.getLogger("insitu.learner")
 _POLL_SECONDS = 0.05
 _GATHER_SECONDS = 0.5  # feedback posted one by one within this time is learned together
 _MAX_ITEMS = 32  # in one job
+_ROOM_SECONDS = 1.0  # between two looks whether a full disk has room again
 
 
 class Learner:
@@ -48,21 +50,52 @@ class Learner:
     def work(self) -> None:
         """Do jobs until the server is gone (ConnectionError)."""
         waiting_since: float | None = None
+        ended = "the process that trained it died"
         while True:
-            for request in self.store.open_rollbacks():
-                self.roll_back(request)
-            items = self.store.queued(_MAX_ITEMS)
-            if items:
-                # A file of examples arrives as many posts: wait for a short silence, or a full job.
-                waiting_since = waiting_since or time.monotonic()
-                silent = time.time() - items[-1].created > _GATHER_SECONDS
-                if silent or len(items) == _MAX_ITEMS or time.monotonic() - waiting_since > 10 * _GATHER_SECONDS:
-                    waiting_since = None
-                    self.teach(items)
-                    continue
+            try:
+                if ended:
+                    _give_up_reserved(self.store, ended)
+                    ended = ""
+                waiting_since = self._next(waiting_since)
+            except Exception as error:
+                if not disk.is_full(error):
+                    raise
+                log.error("the disk is full: %s", error)
+                ended = "the disk was full"
+                self._await_room(error)
             if self.engine.server_gone():
                 raise ConnectionError("the server is gone")
             time.sleep(_POLL_SECONDS)
+
+    def _next(self, waiting_since: float | None) -> float | None:
+        """What is to be done now, if anything. Gets and returns since when feedback has been gathered."""
+        for request in self.store.open_rollbacks():
+            self.roll_back(request)
+        items = self.store.queued(_MAX_ITEMS)
+        if not items:
+            return None
+        # A file of examples arrives as many posts: wait for a short silence, or a full job.
+        waiting_since = waiting_since or time.monotonic()
+        silent = time.time() - items[-1].created > _GATHER_SECONDS
+        if silent or len(items) == _MAX_ITEMS or time.monotonic() - waiting_since > 10 * _GATHER_SECONDS:
+            self.teach(items)
+            return None
+        return waiting_since
+
+    def _await_room(self, error: Exception) -> None:
+        """Serve the last committed version, say why nothing is learned, and return when a version would fit again."""
+        head = self.served.head()
+        if self.arena.header.version != head:  # a rollback that could not be committed
+            self.engine.pause()
+            self.arena.mark_writing()
+        self._undo(head)
+        self.engine.degraded(disk.describe(self.versions.directory, error))
+        while disk.shortage(self.versions.directory, self.arena.num_bytes) is not None:
+            if self.engine.server_gone():
+                raise ConnectionError("the server is gone")
+            time.sleep(_ROOM_SECONDS)
+        time.sleep(_ROOM_SECONDS)  # the store may have a limit of its own: not as often as it can be tried
+        self.engine.degraded(None)
 
     def teach(self, items: Sequence[Feedback]) -> None:
         """Learn from these items as one version; items that cannot be encoded are refused one by one."""
@@ -90,9 +123,11 @@ class Learner:
             self.store.abandon(version, "refused", str(error), {**report, **error.figures})
             log.warning("version %d refused: %s", version, error)
         except Exception as error:
-            # Anything that goes wrong in a job (a full disk, memory, our own bug) ends the job and not the service; the
+            # Anything that goes wrong in a job (memory, our own bug) ends the job and not the service; the
             # reason goes to whoever asked, the traceback to the log.
             self._undo(parent)
+            if disk.is_full(error):
+                raise  # the lesson is not at fault: it is taken up again when there is room
             reason = f"{type(error).__name__}: {error}"
             self.store.abandon(version, "refused", reason, report)
             log.exception("version %d failed", version)
@@ -182,11 +217,10 @@ def run(state_dir: Path, config: TeachConfig, linger: float = 60.0) -> None:
         while time.monotonic() - last_seen < linger:
             try:
                 engine = EngineClient(state_dir / "run" / "engine.sock")
-            except OSError:
+            except (OSError, HeldError):  # nobody is there, or still cleans up after the learner before this one
                 time.sleep(0.2)
                 continue
             try:
-                _forget_the_dead(store)
                 Learner(engine, store, Path(str(store.get_meta("base"))), state_dir, config).work()
             except ConnectionError:
                 log.warning("the server is gone; waiting up to %.0f s for another", linger)
@@ -196,12 +230,12 @@ def run(state_dir: Path, config: TeachConfig, linger: float = 60.0) -> None:
     log.warning("no server for %.0f s; the learner ends", linger)
 
 
-def _forget_the_dead(store: Store) -> None:
-    """Versions that an earlier learner had begun when it died will never be committed; rollbacks are simply done again."""
+def _give_up_reserved(store: Store, reason: str) -> None:
+    """Versions that were begun and will never be committed; their lessons are queued again, rollbacks are simply done again."""
     for version in store.versions():
         if version.status == "reserved" and version.kind != "base":
-            store.abandon(version.id, "lost", "the process that trained it died", version.report)
-            log.warning("version %d is lost: the process that trained it died", version.id)
+            store.abandon(version.id, "lost", reason, version.report)
+            log.warning("version %d is lost: %s", version.id, reason)
 
 
 def main() -> None:

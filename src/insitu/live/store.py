@@ -69,6 +69,8 @@ class Store:
         return str(rows[0]["value"]) if rows else None
 
     def set_meta(self, name: str, value: str) -> None:
+        if self.get_meta(name) == value:
+            return  # a server must come up on a full disk
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
