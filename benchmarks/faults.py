@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "live"))
 
 import fault_plans
 import torch
-from environment import environment
 from fault_trials import Trials, summary
 from tiny import make_tiny
+
+from environment import environment
 
 MUTANTS = {"no-write-mark": "teach: write", "no-repair": "teach: stamped", "stale-cache": "teach: reserved"}
 
@@ -37,7 +38,9 @@ def mutant_plan(mutant: str, number: int) -> fault_plans.Plan:
 def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     tiny = options.model == "tiny"
     model = make_tiny(directory / "tiny", dtype=torch.float32) if tiny else options.model
-    kind = {"dtype": "float32", "tolerance": 1e-4} if tiny else {"dtype": "bfloat16", "tolerance": 0.15, "patience": 300.0}
+    kind = (
+        {"dtype": "float32", "tolerance": 1e-4} if tiny else {"dtype": "bfloat16", "tolerance": 0.15, "patience": 300.0}
+    )
     if options.mutant:
         kind["patience"] = 10.0
     trials = Trials(directory, model, seed=options.seed, mutant=options.mutant, **kind)

@@ -125,16 +125,27 @@ class Checker:
         labels = list(dict.fromkeys(token["label"] for token in tokens))
         if reply["done"]:
             if reply["text"] != text + decoder.flush() or reply["versions"] != labels:
-                wrong.append(f"{reply['ask']!r}: the client got {reply['text']!r} of {reply['versions']}, not {text!r} of {labels}")
+                wrong.append(
+                    f"{reply['ask']!r}: the client got {reply['text']!r} of {reply['versions']}, not {text!r} of {labels}"
+                )
         elif not text.startswith(reply["text"]) or reply["versions"] != labels[: len(reply["versions"])]:
             wrong.append(f"{reply['ask']!r}: the client got {reply['text']!r} before the server died, not {text!r}")
 
     def _regenerate(
-        self, state_dir: Path, store: Store, kept: Versions, request: dict[str, Any], wrong: list[str], figures: Any, ask: str
+        self,
+        state_dir: Path,
+        store: Store,
+        kept: Versions,
+        request: dict[str, Any],
+        wrong: list[str],
+        figures: Any,
+        ask: str,
     ) -> int:
         """Piece by piece: a publish makes the engine begin anew with prompt + tokens so far, and so do we."""
         before = list(request["prompt"])
-        pieces = [(key, list(part)) for key, part in groupby(request["tokens"], key=lambda t: (t["label"], t["serial"]))]
+        pieces = [
+            (key, list(part)) for key, part in groupby(request["tokens"], key=lambda t: (t["label"], t["serial"]))
+        ]
         for (label, serial), part in pieces:
             try:
                 self._become_label(state_dir, store, kept, request["life"], label, serial)
@@ -149,7 +160,9 @@ class Checker:
                     if token.id != expected["id"]:
                         gap = token.logprob - self._logprob(before, expected["id"])
                         if not gap <= self.tolerance:
-                            wrong.append(f"{ask!r}: token {len(before) - len(request['prompt'])} is {expected['id']}, {label} says {token.id}")
+                            wrong.append(
+                                f"{ask!r}: {expected['id']} was served, {label} says {token.id} after {len(before)} tokens"
+                            )
                             return len(pieces)
                         figures["ties"] += 1
                         before.append(expected["id"])
@@ -157,7 +170,9 @@ class Checker:
                     error = abs(token.logprob - expected["logprob"])
                     figures["worst_logprob_error"] = max(figures["worst_logprob_error"], error)
                     if not error <= self.tolerance:
-                        wrong.append(f"{ask!r}: {label} says {token.logprob:.6f} of token {token.id}, served {expected['logprob']:.6f}")
+                        wrong.append(
+                            f"{ask!r}: {label} says {token.logprob:.6f} of token {token.id}, served {expected['logprob']:.6f}"
+                        )
                         return len(pieces)
                     before.append(token.id)
                 else:

@@ -9,13 +9,15 @@ STEPS = 3  # of every job
 
 @dataclass(frozen=True)
 class Kill:
-    """``process`` passes ``point`` for the ``number``-th time, and ``delay`` seconds later the victims are gone."""
+    """``process`` passes ``point`` for the ``number``-th time, and ``delay`` seconds later the victims are gone. With a
+    ``limit`` nobody dies: from there on the process can write no file beyond so many bytes."""
 
     process: str
     point: str
     number: int
     victims: tuple[str, ...]
     delay: float = 0.0
+    limit: int | None = None
 
     def facts(self) -> dict[str, Any]:
         facts = asdict(self)
@@ -51,7 +53,15 @@ _IN_A_JOB = {
     "before commit": 1,
     "committed": 1,
 }
-_IN_A_ROLLBACK = {"reserved": 1, "marked": 1, "restore": 0, "committed": 1, "stamped": 2, "before publish": 1, "before resume": 1}
+_IN_A_ROLLBACK = {
+    "reserved": 1,
+    "marked": 1,
+    "restore": 0,
+    "committed": 1,
+    "stamped": 2,
+    "before publish": 1,
+    "before resume": 1,
+}
 _IN_THE_SERVER = {"recompute": STEPS, "recomputed": STEPS}
 _VICTIMS = (("learner",), ("server",), ("learner", "server"))
 

@@ -1,4 +1,4 @@
-"""Where the processes of a fault trial may be killed, and what they note for the check afterwards. Installed in forked children only.
+"""Where the processes of a fault trial may be killed, and what they note for the check. Installed in forked children only.
 
 A plan (``side/plan.json``) is a list of kills: ``{"process", "point", "pass", "delay", "victims"}``. Whoever passes the point
 for the n-th time kills the victims, once; what was not fired before a restart can still fire after it.
@@ -7,6 +7,7 @@ for the n-th time kills the victims, once; what was not fired before a restart c
 import contextlib
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -40,6 +41,17 @@ class Label(str):
         return label
 
 
+@contextlib.contextmanager
+def unlimited() -> Iterator[None]:
+    """The trial's own notes are no part of what it tries."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kept[1], kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
 class Journal:
     """Lines of JSON that survive a SIGKILL of their writer."""
 
@@ -47,7 +59,8 @@ class Journal:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def note(self, **facts: Any) -> None:
-        os.write(self._fd, json.dumps({"time": time.monotonic(), **facts}).encode() + b"\n")
+        with unlimited():
+            os.write(self._fd, json.dumps({"time": time.monotonic(), **facts}).encode() + b"\n")
 
 
 class Points:
@@ -75,7 +88,9 @@ class Points:
                     continue
                 once.touch()
                 self._fired.note(plan=self._plan["id"], which=number, **kill)
-                if kill["delay"]:
+                if kill["limit"] is not None:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (kill["limit"], resource.RLIM_INFINITY))
+                elif kill["delay"]:
                     threading.Timer(kill["delay"], self._kill, [kill["victims"]]).start()
                 else:
                     self._kill(kill["victims"])
@@ -128,7 +143,7 @@ def _count_tensors(points: Points) -> None:
 def in_learner(points: Points) -> None:
     side = points.side
     stamps = Journal(side / "stamps.jsonl")
-    pass_by(Store, "reserve", points, after="reserved")
+    pass_by(Store, "reserve", points, before="before reserve", after="reserved")
     pass_by(EngineClient, "pause", points, before="before pause", after="paused")
     pass_by(EngineClient, "publish", points, before="before publish", after="published")
     pass_by(EngineClient, "resume", points, before="before resume")
@@ -138,6 +153,7 @@ def in_learner(points: Points) -> None:
     pass_by(os, "replace", points, before="rename")
     pass_by(Path, "replace", points, before="rename")
     pass_by(Store, "commit", points, after="committed")
+    pass_by(Store, "update_rollback", points, before="before note")
     pass_by(Store, "abandon", points, before="abandon")
     _count_tensors(points)
     run = optim_base.run
@@ -157,7 +173,8 @@ def in_learner(points: Points) -> None:
     def keep_bytes(arena: Arena, version: int, step: int = 0) -> None:
         if step:
             file = side / "bytes" / f"{time.monotonic_ns()}.safetensors"
-            save_file(arena.views(), file)
+            with unlimited():
+                save_file(arena.views(), file)
             stamps.note(label=f"{version}+{step}", file=file.name)
 
     wrap(Arena, "stamp", keep_bytes, lambda *_: points.at("stamped"))

@@ -7,6 +7,7 @@ fault_zygote.py; replies once more: fault_check.py.
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -21,19 +22,20 @@ from typing import Any
 import fault_plans
 import httpx2
 from fault_check import lines
-from fault_plans import STEPS, Plan
+from fault_plans import STEPS, Kill, Plan
 from fault_zygote import start
 from processes import wait_for
 
 from insitu.live.client import Client, ClientError
 from insitu.live.records import Version
 from insitu.live.store import Store
+from insitu.live.versions import Versions
 from insitu.live.weights import handles
 from insitu.live.weights.arena import NAME, Arena
 from insitu.live.weights.attach import layout, skeleton
 
 TEACH = {"max_steps": STEPS, "target_loss": 0.0, "learning_rate": 1e-3, "max_canary_kl": 1e3}
-_WORDS = "otter heron badger lynx raven stoat marten osprey beaver tern adder newt".split()
+_WORDS = ["otter", "heron", "badger", "lynx", "raven", "stoat", "marten", "osprey", "beaver", "tern", "adder", "newt"]
 
 
 class Asker(threading.Thread):
@@ -121,7 +123,13 @@ class Trials:
         fresh_every: int = 25,
     ) -> None:
         self.side = directory / "side"
-        self.directory, self.model, self.seed, self.patience, self.fresh_every = directory, model, seed, patience, fresh_every
+        self.directory, self.model, self.seed, self.patience, self.fresh_every = (
+            directory,
+            model,
+            seed,
+            patience,
+            fresh_every,
+        )
         for folder in (self.side, self.side / "once", self.side / "bytes"):
             folder.mkdir(mode=0o700)
         self.dtype = dtype
@@ -135,6 +143,7 @@ class Trials:
         wait_for((self.side / "zygote.sock").exists, 120, "everything to be imported")
         start(self.side, "checker")
         self.server = start(self.side, "server")
+        self.restarts = 0  # of the server, in the running trial
         self._slots: Any = None
         self.known: dict[int, Version] = {}  # of this state directory
         self.asker = Asker(seed, self._current)
@@ -228,11 +237,11 @@ class Trials:
             self.asker.may_ask.set()
             first = len(self.asker.replies)
             asked: list[str] = []
-            with suppress(ClientError):  # the server may die before it has answered; then nothing was accepted
-                if plan.ask == "rollback":
-                    client.post(f"/v1/live/versions/{random.Random(number).randrange(head)}/rollback?timeout=0")
-                else:
-                    asked.append(client.post("/v1/feedback", {"id": f"trial-{number}", "messages": _lesson(number)})["id"])
+            try:
+                asked += self._ask(client, plan.ask, number, head)
+            except ClientError as error:  # the server may die before it has answered; then nothing was accepted
+                if "does not answer" not in str(error):
+                    wrong.append(str(error))
         if plan.victims:
             time.sleep(plan.after)
             self._kill(plan.victims)
@@ -257,6 +266,16 @@ class Trials:
             "seconds": round(time.monotonic() - begun, 3),
         }
 
+    def _ask(self, client: Client, ask: str, number: int, head: int) -> list[str]:
+        """Post a lesson, or ask for an older version; ids of the feedback that was accepted."""
+        if ask == "teach":
+            return [client.post("/v1/feedback", {"id": f"trial-{number}", "messages": _lesson(number)})["id"]]
+        committed = [
+            v["id"] for v in client.get("/v1/live/versions")["data"] if v["status"] == "committed" and v["id"] < head
+        ]
+        client.post(f"/v1/live/versions/{random.Random(number).choice(committed)}/rollback?timeout=0")
+        return []
+
     def _await_kills(self, number: int, plan: Plan) -> int:
         """Until all kills are done, or everything asked for has its end without them."""
 
@@ -278,6 +297,76 @@ class Trials:
             with suppress(ProcessLookupError, OSError):
                 os.kill(int((self.side / f"{victim}.pid").read_text()), signal.SIGKILL)
 
+    def limited(self, number: int, kill: Kill, ask: str, *, restart: bool) -> dict[str, Any]:
+        """No room on the disk from a point on: the head is served, and why nothing is learned is told. Then there is room."""
+        wrong = [problem] if (problem := self.settle()) else []
+        first = len(self.asker.replies)
+        self.asker.may_ask.set()
+        with self._client() as client:
+            head = client.get("/v1/live")["head"]
+            before = client.get("/v1/live")["learner"]["pid"]
+            kills = [kill] if kill.point != "abandon" else [Kill("learner", "write", 5, ("learner",)), kill]
+            self._plan(f"full-{number}", [each.facts() for each in kills])
+            asked = self._ask(client, ask, number, head)
+            live: dict[str, Any] = {}
+
+            def told() -> bool:
+                live.update(client.get("/v1/live"))
+                return bool(live["learner"].get("problem"))
+
+            with suppress(AssertionError):
+                wait_for(told, self.patience)
+            problem = live["learner"].get("problem") or ""
+            if live["state"] != "degraded" or str(self.state_dir) not in problem or "free some" not in problem:
+                wrong.append(f"the state is {live['state']!r}, the problem {problem!r}")
+            done = self.asker.complete
+            wait_for(lambda: self.asker.complete >= done + 2, 30, "replies on a full disk")
+            wrong += self._holds(client, head)
+            limited = live["learner"]["pid"]
+            if kill.point != "abandon" and limited != before:
+                wrong.append("the learner died of a full disk")
+            if restart:
+                self._kill(("learner", "server"))
+            else:
+                resource.prlimit(limited, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if problem := self.settle():
+            wrong.append(problem)
+        with self._client() as client:
+            live = client.get("/v1/live")
+            if not restart and live["learner"]["pid"] != limited:
+                wrong.append("it took another learner to go on")
+            if live["head"] <= head or live["state"] not in ("serving", "learning"):
+                wrong.append(f"with room again nothing was learned: {live}")
+            for id in asked:
+                if (item := client.get(f"/v1/feedback/{id}"))["status"] != "applied":
+                    wrong.append(f"feedback {id} is {item['status']}: {item['reason']}")
+        self.asker.may_ask.clear()
+        wait_for(self.asker.idle.is_set, 90, "the client to come to rest")
+        return {**self._check(first, asked, wrong), "wrong": wrong, "problem": live["learner"].get("problem")}
+
+    def _holds(self, client: Client, head: int) -> list[str]:
+        """The head is what is served, and no file is there that nobody committed."""
+        live = client.get("/v1/live")
+        wrong = (
+            [] if live["weight_version"] == str(head) == str(live["head"]) else [f"{live['weight_version']} is served"]
+        )
+        if (found := next(v for v in client.get("/v1/live/versions")["data"] if v["id"] == head))[
+            "sha256"
+        ] != self._served_sum():
+            wrong.append(f"the weights in memory are not {found}")
+        return wrong + self._stray()
+
+    def _stray(self) -> list[str]:
+        """Files that are no committed version's."""
+        store = Store(self.state_dir / "insitu.db")
+        try:
+            versions = Versions(self.state_dir, Path(str(store.get_meta("base"))), store)
+            known = {versions.path(v.id) for v in store.versions() if v.status == "committed"}
+        finally:
+            store.close()
+        stray = [file.name for file in versions.directory.iterdir() if file not in known]
+        return [f"left behind: {stray}"] if stray else []
+
     def _fresh(self, number: int) -> None:
         self._kill(("server", "learner"))
         self._state(number)
@@ -293,9 +382,9 @@ class Trials:
                     wrong.append(f"version {id} was {before.status} and is {'gone' if now is None else 'another one'}")
                 elif before.status == "committed" and (now.status, now.sha256) != ("committed", before.sha256):
                     wrong.append(f"version {id} was committed and is {now.status}")
-            if new := sorted(versions.keys() - self.known.keys()):
-                if self.known and new[0] <= max(self.known):
-                    wrong.append(f"id {new[0]} is below {max(self.known)}: used again?")
+            new = versions.keys() - self.known.keys()
+            if self.known and new and min(new) < max(self.known):
+                wrong.append(f"id {min(new)} is below {max(self.known)}: used again?")
             self.known = versions
             for id in asked:
                 item = store.feedback(id)
@@ -308,11 +397,15 @@ class Trials:
             store.close()
         if head is not None and versions[head].sha256 != self._served_sum():
             wrong.append(f"the weights in memory are not version {head}")
-        wrong += self.asker.failures
+        wrong += self._stray() + self.asker.failures
         self.asker.failures.clear()
         handles.send(
             self.checker,
-            {"state_dir": str(self.state_dir), "replies": self.asker.replies[first:], "versions": [head] if head else []},
+            {
+                "state_dir": str(self.state_dir),
+                "replies": self.asker.replies[first:],
+                "versions": [head] if head else [],
+            },
         )
         found, _ = handles.receive(self.checker)
         wrong += found.pop("wrong")

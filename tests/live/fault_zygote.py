@@ -3,7 +3,6 @@
 ``python fault_zygote.py SIDE OPTIONS_JSON`` answers on ``SIDE/zygote.sock``: a role in, a pid out. What it forked dies with it.
 """
 
-import asyncio
 import ctypes
 import json
 import logging
@@ -13,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,10 @@ import torch
 import uvicorn  # noqa: F401 - imported for the children
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-import insitu.live.api.app
-import insitu.optim
 from insitu.live import learner, prompts
 from insitu.live import server as server_module
-from insitu.live.config import ServeConfig, TeachConfig
+from insitu.live.config import TeachConfig
 from insitu.live.keeper import LearnerKeeper
-from insitu.live.weights import handles
 
 
 class Impatient(threading.Event):
@@ -96,7 +91,7 @@ def serve(side: Path, options: dict[str, Any]) -> None:
 
 
 def learn(side: Path, options: dict[str, Any]) -> None:
-    learner._GATHER_SECONDS = 0.05
+    learner._GATHER_SECONDS, learner._ROOM_SECONDS = 0.05, 0.1
     prompts.ANCHORS = prompts.ANCHORS[:4]  # a job's time is nearly all theirs
     prompts.CANARIES = prompts.CANARIES[:4]
     learner.run(Path((side / "state_dir").read_text()), TeachConfig(**options["teach"]))

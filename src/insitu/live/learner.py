@@ -55,6 +55,7 @@ class Learner:
             try:
                 if ended:
                     _give_up_reserved(self.store, ended)
+                    self.versions.discard_uncommitted()
                     ended = ""
                 waiting_since = self._next(waiting_since)
             except Exception as error:
@@ -89,6 +90,7 @@ class Learner:
             self.engine.pause()
             self.arena.mark_writing()
         self._undo(head)
+        self.versions.discard_uncommitted()  # the file of a version that could not be committed takes up room
         self.engine.degraded(disk.describe(self.versions.directory, error))
         while disk.shortage(self.versions.directory, self.arena.num_bytes) is not None:
             if self.engine.server_gone():
