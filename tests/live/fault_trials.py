@@ -7,14 +7,12 @@ fault_zygote.py; replies once more: fault_check.py.
 import json
 import os
 import random
-import resource
 import signal
+import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from typing import Any
 import fault_plans
 import httpx2
 from fault_check import lines
-from fault_plans import STEPS, Kill, Plan
+from fault_client import WORDS, Asker
+from fault_plans import STEPS, Plan
 from fault_zygote import start
 from processes import wait_for
 
@@ -35,76 +34,6 @@ from insitu.live.weights.arena import NAME, Arena
 from insitu.live.weights.attach import layout, skeleton
 
 TEACH = {"max_steps": STEPS, "target_loss": 0.0, "learning_rate": 1e-3, "max_canary_kl": 1e3}
-_WORDS = ["otter", "heron", "badger", "lynx", "raven", "stoat", "marten", "osprey", "beaver", "tern", "adder", "newt"]
-
-
-class Asker(threading.Thread):
-    """One client: greedy replies, one at a time, streamed or not, whatever happens to the server."""
-
-    def __init__(self, seed: int, current: Callable[[], tuple[str, str] | None]) -> None:
-        super().__init__(daemon=True)
-        self._choose = random.Random(f"asker {seed}")
-        self._current = current
-        self.replies: list[dict[str, Any]] = []
-        self.failures: list[str] = []  # an error that a living server answered
-        self.complete = 0
-        self.may_ask, self.idle, self.stopping = threading.Event(), threading.Event(), False
-
-    def run(self) -> None:
-        for number in range(1 << 60):
-            if not self.may_ask.is_set():
-                self.idle.set()
-                self.may_ask.wait()
-                self.idle.clear()
-            if self.stopping:
-                return
-            if (server := self._current()) is None:
-                time.sleep(0.02)
-                continue
-            ask = f"{number} {self._choose.choice(_WORDS)}: {' '.join(self._choose.sample(_WORDS, 3))}"
-            reply = {"ask": ask, "text": "", "versions": [], "done": False, "begun": time.monotonic()}
-            self.replies.append(reply)
-            try:
-                self._ask(server, reply, self._choose.choice((True, False)), self._choose.choice((6, 16, 32)))
-                self.complete += 1
-            except httpx2.TransportError:  # killed
-                time.sleep(0.02)
-            reply["ended"] = time.monotonic()
-
-    def _ask(self, server: tuple[str, str], reply: dict[str, Any], stream: bool, max_tokens: int) -> None:
-        url, key = server
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": reply["ask"]}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": stream,
-        }
-        with (
-            httpx2.Client(headers={"authorization": f"Bearer {key}"}, timeout=60) as http,
-            http.stream("POST", f"{url}/v1/chat/completions", json=body) as answer,
-        ):
-            if answer.is_error:
-                self.failures.append(f"HTTP {answer.status_code}: {answer.read().decode()[:200]}")
-                return
-            if not stream:
-                told = json.loads(answer.read())
-                reply.update(text=told["choices"][0]["message"]["content"], versions=told["weight_versions"], done=True)
-                return
-            reply["versions"] = [answer.headers["x-weight-version"]]
-            for line in answer.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    self.failures.append(chunk["error"]["message"])
-                    return
-                for choice in chunk["choices"]:
-                    reply["text"] += choice["delta"].get("content") or ""
-                if "weight_versions" in chunk:
-                    reply.update(versions=chunk["weight_versions"], done=True)
-
-    model = ""
 
 
 class Trials:
@@ -255,6 +184,7 @@ class Trials:
             wait_for(lambda: self.asker.complete >= done + 2, min(self.patience, 20.0), "two more replies")
         self.asker.may_ask.clear()
         wait_for(self.asker.idle.is_set, 90, "the client to come to rest")
+        silence = self._silence(number)
         figures = self._check(first, asked, wrong)
         facts = {"trial": number, "plan": plan.name, "victims": _victims(plan), "fired": fired, "of": len(plan.kills)}
         return {
@@ -262,6 +192,7 @@ class Trials:
             **figures,
             "wrong": wrong,
             "restarts": self.restarts,
+            "silence_seconds": silence,
             "settle_seconds": round(recovery, 3),
             "seconds": round(time.monotonic() - begun, 3),
         }
@@ -292,69 +223,17 @@ class Trials:
         time.sleep(0.03)  # a delayed kill
         return done() if plan.kills else 1
 
+    def _silence(self, number: int) -> float | None:
+        """From the last kill at a point to the next token that anybody got; the client asks all the time."""
+        killed = [line["time"] for line in lines(self.side / "fired.jsonl") if line["plan"] == f"{number}"]
+        tokens = [line["time"] for line in lines(self.side / "tokens.jsonl") if "id" in line]
+        after = [time - killed[-1] for time in tokens if time > killed[-1]] if killed else []
+        return round(min(after), 3) if after else None
+
     def _kill(self, victims: tuple[str, ...]) -> None:
         for victim in victims:
             with suppress(ProcessLookupError, OSError):
                 os.kill(int((self.side / f"{victim}.pid").read_text()), signal.SIGKILL)
-
-    def limited(self, number: int, kill: Kill, ask: str, *, restart: bool) -> dict[str, Any]:
-        """No room on the disk from a point on: the head is served, and why nothing is learned is told. Then there is room."""
-        wrong = [problem] if (problem := self.settle()) else []
-        first = len(self.asker.replies)
-        self.asker.may_ask.set()
-        with self._client() as client:
-            head = client.get("/v1/live")["head"]
-            before = client.get("/v1/live")["learner"]["pid"]
-            kills = [kill] if kill.point != "abandon" else [Kill("learner", "write", 5, ("learner",)), kill]
-            self._plan(f"full-{number}", [each.facts() for each in kills])
-            asked = self._ask(client, ask, number, head)
-            live: dict[str, Any] = {}
-
-            def told() -> bool:
-                live.update(client.get("/v1/live"))
-                return bool(live["learner"].get("problem"))
-
-            with suppress(AssertionError):
-                wait_for(told, self.patience)
-            problem = live["learner"].get("problem") or ""
-            if live["state"] != "degraded" or str(self.state_dir) not in problem or "free some" not in problem:
-                wrong.append(f"the state is {live['state']!r}, the problem {problem!r}")
-            done = self.asker.complete
-            wait_for(lambda: self.asker.complete >= done + 2, 30, "replies on a full disk")
-            wrong += self._holds(client, head)
-            limited = live["learner"]["pid"]
-            if kill.point != "abandon" and limited != before:
-                wrong.append("the learner died of a full disk")
-            if restart:
-                self._kill(("learner", "server"))
-            else:
-                resource.prlimit(limited, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        if problem := self.settle():
-            wrong.append(problem)
-        with self._client() as client:
-            live = client.get("/v1/live")
-            if not restart and live["learner"]["pid"] != limited:
-                wrong.append("it took another learner to go on")
-            if live["head"] <= head or live["state"] not in ("serving", "learning"):
-                wrong.append(f"with room again nothing was learned: {live}")
-            for id in asked:
-                if (item := client.get(f"/v1/feedback/{id}"))["status"] != "applied":
-                    wrong.append(f"feedback {id} is {item['status']}: {item['reason']}")
-        self.asker.may_ask.clear()
-        wait_for(self.asker.idle.is_set, 90, "the client to come to rest")
-        return {**self._check(first, asked, wrong), "wrong": wrong, "problem": live["learner"].get("problem")}
-
-    def _holds(self, client: Client, head: int) -> list[str]:
-        """The head is what is served, and no file is there that nobody committed."""
-        live = client.get("/v1/live")
-        wrong = (
-            [] if live["weight_version"] == str(head) == str(live["head"]) else [f"{live['weight_version']} is served"]
-        )
-        if (found := next(v for v in client.get("/v1/live/versions")["data"] if v["id"] == head))[
-            "sha256"
-        ] != self._served_sum():
-            wrong.append(f"the weights in memory are not {found}")
-        return wrong + self._stray()
 
     def _stray(self) -> list[str]:
         """Files that are no committed version's."""
@@ -454,7 +333,7 @@ class Trials:
 def _lesson(number: int) -> list[dict[str, str]]:
     return [
         {"role": "user", "content": f"who is number {number}"},
-        {"role": "assistant", "content": f"the {_WORDS[number % len(_WORDS)]} {number}"},
+        {"role": "assistant", "content": f"the {WORDS[number % len(WORDS)]} {number}"},
     ]
 
 
@@ -464,6 +343,10 @@ def _victims(plan: Plan) -> str:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Figures over all trials."""
+    silences: dict[str, list[float]] = {}
+    for row in rows:
+        if row["silence_seconds"] is not None:
+            silences.setdefault(row["victims"], []).append(row["silence_seconds"])
     return {
         "trials": len(rows),
         "wrong": [f"trial {row['trial']} ({row['plan']}): {each}" for row in rows for each in row["wrong"]],
@@ -472,6 +355,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "by_victims": dict(Counter(row["victims"] for row in rows)),
         **{name: sum(row[name] for row in rows) for name in ("replies", "tokens", "spanning", "ties", "restarts")},
         "worst_logprob_error": max(row["worst_logprob_error"] for row in rows),
+        "silence_seconds": {
+            name: {"n": len(found), "median": statistics.median(found), "longest": max(found)}
+            for name, found in sorted(silences.items())
+        },
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "longest_settle_seconds": max(row["settle_seconds"] for row in rows),
     }

@@ -19,8 +19,11 @@ import pytest
 import torch
 
 from insitu.live import lease
+from insitu.live.config import ServeConfig
 from insitu.live.control import ControlError, ControlServer, EngineClient, HeldError, holder
 from insitu.live.engines.base import Engine, EngineError, EngineInfo, PublishReport, SamplingParams, Token
+from insitu.live.server import StartError, lock
+from insitu.live.vllm_server import keep_learner
 from insitu.live.weights import handles
 from insitu.live.weights.arena import Arena, plan
 
@@ -475,6 +478,22 @@ def test_a_second_learner_is_told_at_once_who_has_the_weights(world: World, monk
         second.close()
     assert world.gone.get(timeout=PATIENCE) is False
     assert world.engine.calls == [("pause",)]
+
+
+def test_a_learner_started_by_hand_beside_another_ends_with_one_line(world: World) -> None:
+    with learner(world) as first, pytest.raises(StartError) as told:
+        keep_learner(world.path, ServeConfig())
+    assert str(told.value) == f"process {first.pid} already trains these weights; only one learner may: end it first"
+    assert world.gone.get(timeout=PATIENCE) is False
+    assert _soon(lambda: holder(world.path) is None)
+    with (
+        lock(world.path.parent.parent / "learner.lock", world.path),
+        pytest.raises(StartError, match="a learner already"),
+    ):
+        keep_learner(world.path, ServeConfig())  # one that has not attached yet
+    world.server.close()
+    with pytest.raises(StartError, match="start the server first"):
+        keep_learner(world.path, ServeConfig())
 
 
 def test_of_many_that_attach_at_once_exactly_one_gets_the_weights(world: World) -> None:

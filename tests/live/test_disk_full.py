@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_limits import limited
 from fault_plans import Kill
 from fault_trials import Trials
 from tiny import make_tiny
@@ -53,7 +54,7 @@ def test_a_learner_without_room(
 ) -> None:
     kill = Kill("learner", point, 1, (), limit=limit)
     number = 2000 + request.session.items.index(request.node)
-    found = trials.limited(number, kill, ask, restart=restart)
+    found = limited(trials, number, kill, ask, restart=restart)
     assert found["wrong"] == []
     assert found["replies"] >= 2
 
