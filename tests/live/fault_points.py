@@ -151,7 +151,6 @@ def in_learner(points: Points) -> None:
     pass_by(Versions, "write", points, before="before file", after="before commit")
     pass_by(os, "fsync", points, before="fsync")
     pass_by(os, "replace", points, before="rename")
-    pass_by(Path, "replace", points, before="rename")
     pass_by(Store, "commit", points, after="committed")
     pass_by(Store, "update_rollback", points, before="before note")
     pass_by(Store, "abandon", points, before="abandon")

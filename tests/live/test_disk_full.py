@@ -89,4 +89,5 @@ def test_what_is_a_full_disk_and_what_is_not(tmp_path: Path) -> None:
     from_it.__cause__ = Exception("I/O error: File too large (os error 27)")
     assert disk.is_full(from_it)
     assert disk.shortage(tmp_path) is None
+    assert "cannot be written (No such file" in str(disk.shortage(tmp_path / "gone"))
     assert list(tmp_path.iterdir()) == []

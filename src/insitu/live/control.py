@@ -141,7 +141,7 @@ class ControlServer:
             if not self._closing:
                 self._lease.outlive()
                 paused, self.paused = self.paused, False
-                self._on_writer_gone(paused)
+                self._on_writer_gone(paused)  # if it raises, nobody may write any more
             self._lease.free()
 
     def _serve(self, connection: socket.socket) -> None:

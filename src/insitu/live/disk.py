@@ -34,9 +34,9 @@ def shortage(directory: Path, num_bytes: int = _STORE_BYTES) -> str | None:
         with tempfile.TemporaryFile(dir=directory) as file:  # it never has a name that could stay behind
             os.posix_fallocate(file.fileno(), 0, num_bytes)
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        return describe(directory, error.strerror)
+        if error.errno in _FULL:
+            return describe(directory, error.strerror)
+        return f"{directory} cannot be written ({error.strerror}): mend that, and learning goes on by itself"
     return None
 
 

@@ -218,8 +218,11 @@ def keep_learner(control: Path, config: ServeConfig) -> None:
     if control.name != "engine.sock" or not control.is_socket():
         raise StartError(f"{control} is not the control socket of an insitu server (STATE/run/engine.sock)")
     state_dir = handles.private_directory(control.resolve().parent.parent)
+    until = time.monotonic() + _END_SECONDS
     try:
-        other = holder(control)
+        # One that has ended keeps the lease until what it left behind is undone.
+        while (other := holder(control)) and not Path(f"/proc/{other}").exists() and time.monotonic() < until:
+            time.sleep(0.1)
     except OSError as error:
         raise StartError(f"nobody listens on {control}: {error.strerror or error}; start the server first") from error
     if other is not None or held(state_dir / "learner.lock"):
