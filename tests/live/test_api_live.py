@@ -44,6 +44,8 @@ def test_the_state_is_learning_paused_or_degraded(world: World) -> None:
     assert state() == "learning"
     world.status = {"trial": True, "paused": True}
     assert state() == "paused"
+    world.status = {"learner": {"state": "ready", "problem": "no room"}}
+    assert state() == "degraded"
     world.status = {"learner": {"state": "absent"}}
     assert state() == "degraded"
     world.status = {"state": "odd"}

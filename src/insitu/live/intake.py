@@ -194,8 +194,10 @@ def refuse_all(db: sqlite3.Connection, version: int, reason: str, *, least_attem
     record(db, "feedback.refused", ids, {"reason": reason, "version": version})
 
 
-def queue_again(db: sqlite3.Connection, version: int) -> None:
-    """The job was lost, and not by any fault of what it was to teach; what was lost three times is refused."""
+def queue_again(db: sqlite3.Connection, version: int, *, counted: bool) -> None:
+    """The job was lost. What killed the learner three times is refused; what had no room (not ``counted``) may go on trying."""
+    if not counted:
+        db.execute("UPDATE feedback SET attempts = attempts - 1 WHERE version = ? AND status = 'training'", (version,))
     refuse_all(db, version, "the learner died three times while training this", least_attempts=3)
     where = "version = ? AND status = 'training'"
     ids = _ids(db, where, version)

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from insitu.live import packaged, source
+from insitu.live import disk, packaged, source
 from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.config import ServeConfig
 from insitu.live.control import ControlServer
@@ -169,8 +169,15 @@ class Server:
                 return
         facts = {"url": self.url, "pid": os.getpid(), "model": self.engine.info.model_name}
         partial = self.state_dir / "server.json.partial"
-        partial.write_text(json.dumps(facts))
-        partial.replace(self.state_dir / "server.json")
+        while True:
+            try:
+                partial.write_text(json.dumps(facts))
+                partial.replace(self.state_dir / "server.json")
+                break
+            except OSError as error:  # it serves all the same; only our own command line cannot find it yet
+                log.error("%s cannot be written: %s; trying again", self.state_dir / "server.json", error)
+                if self._stopping.wait(1.0):
+                    return
         if ready is not None:
             ready.set()
 
@@ -183,7 +190,7 @@ class Server:
             "weight_version": header.label,
             "paused": self.control.paused,
             "trial": bool(header.step or header.writer),
-            "learner": {"state": state, "pid": pid},
+            "learner": {"state": state, "pid": pid, "problem": self.control.problem or disk.shortage(self.state_dir)},
             "arena": {"bytes": self.arena.num_bytes, "pid": os.getpid(), **resident()},
         }
 

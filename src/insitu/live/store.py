@@ -71,6 +71,8 @@ class Store(Intake, Events):
         return str(rows[0]["value"]) if rows else None
 
     def set_meta(self, name: str, value: str) -> None:
+        if self.get_meta(name) == value:
+            return  # a server must come up on a full disk
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
@@ -111,8 +113,17 @@ class Store(Intake, Events):
                 _tell_of_rollback(db, row)
             intake.follow_line(db, id, _LINE)
 
-    def abandon(self, id: int, status: Literal["refused", "lost"], reason: str, report: dict[str, Any]) -> None:
-        """The version will never be committed. Its feedback is refused with the reason; a lost one's is queued again."""
+    def abandon(
+        self,
+        id: int,
+        status: Literal["refused", "lost"],
+        reason: str,
+        report: dict[str, Any],
+        *,
+        counted: bool = True,
+    ) -> None:
+        """The version will never be committed. Its feedback is refused with the reason; a lost one's is queued again, three
+        times at most if it is ``counted``."""
         with self._transaction() as db:
             ended = db.execute(
                 "UPDATE versions SET status = ?, report = ? WHERE id = ? AND status = 'reserved'",
@@ -123,7 +134,7 @@ class Store(Intake, Events):
             if status == "refused":
                 intake.refuse_all(db, id, reason)
             else:
-                intake.queue_again(db, id)
+                intake.queue_again(db, id, counted=counted)
 
     def pin(self, id: int, pinned: bool = True) -> None:
         """Never prune this version, or let it be pruned again. Raises ValueError for one whose bytes are not there."""

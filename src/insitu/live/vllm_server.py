@@ -23,8 +23,9 @@ import httpx2
 
 from insitu.live import packaged, source
 from insitu.live.config import FEEDBACK_PER_MINUTE, MAX_QUEUE, ServeConfig
+from insitu.live.control import holder
 from insitu.live.events import note
-from insitu.live.keeper import LearnerKeeper
+from insitu.live.keeper import LearnerKeeper, held
 from insitu.live.keys import Keys, load_keys
 from insitu.live.server import StartError, bind, lock
 from insitu.live.state import open_store, state_directory
@@ -227,11 +228,16 @@ def keep_learner(control: Path, config: ServeConfig) -> None:
     if control.name != "engine.sock" or not control.is_socket():
         raise StartError(f"{control} is not the control socket of an insitu server (STATE/run/engine.sock)")
     state_dir = handles.private_directory(control.resolve().parent.parent)
+    until = time.monotonic() + _END_SECONDS
     try:
-        # Not the control socket itself: who connects there is taken for a learner, and ended once it has hung up.
-        handles.connect(control.with_name("weights.sock")).close()
+        # One that has ended keeps the lease until what it left behind is undone.
+        while (other := holder(control)) and not Path(f"/proc/{other}").exists() and time.monotonic() < until:
+            time.sleep(0.1)
     except OSError as error:
         raise StartError(f"nobody listens on {control}: {error.strerror or error}; start the server first") from error
+    if other is not None or held(state_dir / "learner.lock"):
+        who = "a learner" if other is None else f"process {other}"
+        raise StartError(f"{who} already trains these weights; only one learner may: end it first")
     keeper = LearnerKeeper(state_dir, config.teach, config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -118,8 +118,9 @@ async def _committed(service: LiveService, id: str) -> Version:
 
 
 def _state(healthy: bool, counts: Mapping[str, int], extra: Mapping[str, Any]) -> str:
-    """``degraded`` is a server that cannot answer, or answers but cannot learn because its learner is away."""
-    if not healthy or extra.get("learner", {}).get("state") == "absent":
+    """``degraded`` is a server that cannot answer, or answers but cannot learn: its learner is away, or says why not."""
+    learner = extra.get("learner", {})
+    if not healthy or learner.get("state") == "absent" or learner.get("problem"):
         return "degraded"
     if extra.get("paused"):
         return "paused"

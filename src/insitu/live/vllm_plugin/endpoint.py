@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from insitu.live import disk
 from insitu.live.api import errors
 from insitu.live.api.auth import Guard
 from insitu.live.api.canaries import canaries_router
@@ -141,7 +142,12 @@ class Endpoint:
             "paused": control.paused,
             "trial": bool(header.step or header.writer),
             **({} if control.proven else {"state": "degraded" if control.refusal else "starting"}),
-            "learner": {"state": learner, "pid": pid, "refusal": control.refusal},
+            "learner": {
+                "state": learner,
+                "pid": pid,
+                "refusal": control.refusal,
+                "problem": control.problem or disk.shortage(self.state_dir),
+            },
             "arena": {"bytes": self.weights.num_bytes, "pid": self.weights.pid, **_resident(self.weights.pid)},
         }
 
