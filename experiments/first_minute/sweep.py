@@ -22,6 +22,7 @@ from insitu.data.batch import collate
 from insitu.data.chat import Example, encode_messages, encode_prompt
 from insitu.data.loss import target_logprobs
 from insitu.live import prompts
+from insitu.live.canaries import freeze
 from insitu.live.config import TeachConfig
 from insitu.live.guard import Guard
 from insitu.live.teaching import TeachingRun
@@ -70,8 +71,8 @@ def run_one(model: Any, tokenizer: Any, behaviour: dict[str, Any], config: Teach
     old_logprob = torch.cat(target_logprobs(model, old)).mean().item()
     held = [*prompts.ANCHORS, *prompts.CANARIES]
     frozen = examples_of(tokenizer, held, replies(model, tokenizer, held, 24))
-    anchors, canaries = frozen[: len(prompts.ANCHORS)], frozen[len(prompts.ANCHORS) :]
-    guard = Guard(model, canaries, pad, config.max_canary_kl)
+    anchors, said = frozen[: len(prompts.ANCHORS)], frozen[len(prompts.ANCHORS) :]
+    guard = Guard(model, freeze(model, prompts.built_in(), said, 0, pad), pad, config)
     taught = [encode_messages(tokenizer, e["messages"], max_length=8192) for e in behaviour["examples"]]
 
     started = time.monotonic()
@@ -83,7 +84,7 @@ def run_one(model: Any, tokenizer: Any, behaviour: dict[str, Any], config: Teach
         if prepared.loss <= config.target_loss:
             break
         run.write()
-        kls.append(round(guard.judge().kl, 4))
+        kls.append(round(guard.gate().figures["canary_kl"], 4))
     seconds = time.monotonic() - started
     state_bytes = run.optimizer_bytes
     run.close()

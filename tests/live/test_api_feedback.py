@@ -122,12 +122,12 @@ def test_what_was_refused_or_rolled_back_may_be_taught_again(world: World) -> No
     assert again.json()["id"] != id
 
 
-def test_a_full_disk_is_a_503_and_nothing_is_half_done(world: World) -> None:
+def test_a_full_disk_is_a_507_and_nothing_is_half_done(world: World) -> None:
     pages = world.store._db.execute("PRAGMA page_count").fetchone()[0]
     world.store._db.execute(f"PRAGMA max_page_count={pages}")
     bodies = [post(world, messages=lesson(f"{i} " + "hello world " * 50)) for i in range(40)]
-    assert bodies[-1].status_code == 503
-    assert bodies[-1].json()["error"]["code"] == "store_unavailable"
+    assert bodies[-1].status_code == 507
+    assert bodies[-1].json()["error"]["code"] == "disk_full"
     known = len(world.store.queued(99))
     world.store._db.execute("PRAGMA max_page_count=100000")
     assert post(world, messages=lesson()).status_code == 202

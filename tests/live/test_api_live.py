@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from api_fakes import KEYS, MODEL, World, chat_tokenizer, lesson, open_world
 
+from insitu.live.records import VersionFile
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
@@ -26,6 +28,8 @@ def test_live_tells_what_is_served_and_what_is_waiting(world: World) -> None:
         "weight_version": "0+1",
         "head": 0,
         "feedback": {"queued": 1},
+        "counters": {"feedback.accepted": 1, "version.committed": 1, "version.reserved": 1},
+        "intake": {"max_queue": 10_000, "feedback_per_minute": 3000, "queue_full": 0, "rate_limited": 0},
         "learner": {"state": "attached", "pid": 7},
         "arena": {"bytes": 10, "odd": None},
     }
@@ -40,6 +44,8 @@ def test_the_state_is_learning_paused_or_degraded(world: World) -> None:
     assert state() == "learning"
     world.status = {"trial": True, "paused": True}
     assert state() == "paused"
+    world.status = {"learner": {"state": "ready", "problem": "no room"}}
+    assert state() == "degraded"
     world.status = {"learner": {"state": "absent"}}
     assert state() == "degraded"
     world.status = {"state": "odd"}
@@ -131,6 +137,27 @@ def test_only_committed_versions_can_be_rolled_back_to(world: World) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "version_not_found"), id
     assert world.store.open_rollbacks() == []
     assert world.client().get("/v1/live/rollbacks/1").status_code == 404
+
+
+def test_a_version_can_be_pinned_and_let_go(world: World) -> None:
+    version = world.store.reserve("teach", 0)
+    world.store.commit(version, "1" * 64, {}, VersionFile("v1.difference", 1234, "2" * 64, 0.01))
+    for verb, pinned in (("pin", True), ("pin", True), ("unpin", False)):
+        answer = world.client().post(f"/v1/live/versions/{version}/{verb}")
+        assert (answer.status_code, answer.json()["pinned"], answer.json()["bytes"]) == (200, pinned, 1234)
+        assert world.client().get("/v1/live/versions").json()["data"][-1]["pinned"] is pinned
+    assert world.client(KEYS.api).post(f"/v1/live/versions/{version}/pin").status_code == 403
+    assert world.client().post("/v1/live/versions/7/pin").status_code == 404
+
+
+@pytest.mark.parametrize("verb", ["pin", "unpin", "rollback"])
+def test_what_was_pruned_cannot_be_pinned_or_served(world: World, verb: str) -> None:
+    version = world.store.reserve("teach", 0)
+    world.store.commit(version, "1" * 64, {})
+    world.store.prune([version])
+    answer = world.client().post(f"/v1/live/versions/{version}/{verb}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "version_pruned")
+    assert world.store.open_rollbacks() == []
 
 
 def test_models_are_listed_and_retrieved_by_their_slashed_id(world: World) -> None:

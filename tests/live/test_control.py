@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from insitu.live import control
-from insitu.live.control import ControlError, ControlServer, EngineClient
+from insitu.live import lease
+from insitu.live.config import ServeConfig
+from insitu.live.control import ControlError, ControlServer, EngineClient, HeldError, holder
 from insitu.live.engines.base import Engine, EngineError, EngineInfo, PublishReport, SamplingParams, Token
+from insitu.live.server import StartError, lock
+from insitu.live.vllm_server import keep_learner
 from insitu.live.weights import handles
 from insitu.live.weights.arena import Arena, plan
 
@@ -122,7 +125,7 @@ def client(world: World) -> Iterator[EngineClient]:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections of this process may break without the wait for its end."""
-    monkeypatch.setattr(control, "_outlive", lambda lease: None)
+    monkeypatch.setattr(lease.Lease, "outlive", lambda self: None)
 
 
 # A learner without torch, for what only a process of its own can show. It does as it is told, one line a command.
@@ -135,13 +138,14 @@ def ask(**message):
     line.sendall(struct.pack("<Q", len(body)) + body)
     size = struct.unpack("<Q", line.recv(8, socket.MSG_WAITALL))[0]
     return json.loads(line.recv(size, socket.MSG_WAITALL))
-print("connected", flush=True)
+held = ask(do="attach").get("error", "")  # the descriptor that comes with the answer is dropped
+print("connected" if not held else held, flush=True)
 for wish in sys.stdin:
-    if wish == "hang up\\n":
+    if wish == '{"do": "hang up"}\\n':
         line.close()
         print("{}", flush=True)
     else:
-        print(json.dumps(ask(do=wish.strip())), flush=True)
+        print(json.dumps(ask(**json.loads(wish))), flush=True)
 """
 
 
@@ -153,14 +157,17 @@ class Process:
         self.popen = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=path.parent
         )
-        assert self.popen.stdout is not None
-        assert self.popen.stdout.readline() == "connected\n"
         self.pid = self.popen.pid
         self._lease = os.pidfd_open(self.pid)
 
-    def begin(self, wish: str) -> None:
+    def attach(self) -> str:
+        """What it was told: "connected", or why not."""
+        assert self.popen.stdout is not None
+        return self.popen.stdout.readline().strip()
+
+    def begin(self, message: dict[str, Any]) -> None:
         assert self.popen.stdin is not None
-        self.popen.stdin.write(wish + "\n")
+        self.popen.stdin.write(json.dumps(message) + "\n")
         self.popen.stdin.flush()
 
     def answer(self, timeout: float = PATIENCE) -> Any:
@@ -168,9 +175,12 @@ class Process:
         ready, _, _ = select.select([self.popen.stdout], [], [], timeout)
         return json.loads(self.popen.stdout.readline()) if ready else None
 
-    def ask(self, wish: str) -> Any:
-        self.begin(wish)
+    def say(self, message: dict[str, Any]) -> Any:
+        self.begin(message)
         return self.answer()
+
+    def ask(self, wish: str) -> Any:
+        return self.say({"do": wish})
 
     def ended(self) -> bool:
         return bool(select.select([self._lease], [], [], 0)[0])
@@ -186,6 +196,7 @@ class Process:
 def learner(world: World) -> Iterator[Process]:
     process = Process(world.path)
     try:
+        assert process.attach() == "connected"
         yield process
     finally:
         process.close()
@@ -251,7 +262,7 @@ def test_a_server_that_is_not_proven_says_so_until_a_learner_was_ready(idle: Wor
     idle.server.proven = False
     idle.server.start()
     for _ in range(2):  # one that goes away without a word proves nothing
-        first = EngineClient(idle.path)
+        first = attach(idle)
         assert first.proven is False
         first.pause()
         first.arena.stamp(0, 1)
@@ -260,14 +271,14 @@ def test_a_server_that_is_not_proven_says_so_until_a_learner_was_ready(idle: Wor
         assert idle.server.proven is False
         first.close()
         assert idle.gone.get(timeout=PATIENCE) is False
-    second = EngineClient(idle.path)
+    second = attach(idle)
     assert second.proven is False
     second.ready()
     assert idle.server.proven is True
     assert second.proven is False  # what it was told when it attached
     second.close()
     assert idle.gone.get(timeout=PATIENCE) is False
-    third = EngineClient(idle.path)
+    third = attach(idle)
     assert (third.proven, idle.server.learner_ready) == (True, False)
     idle.server.close()
     third.close()
@@ -282,7 +293,7 @@ def test_a_refusal_is_kept_when_its_learner_ends_and_taken_back_by_one_that_is_r
     first.close()
     assert idle.gone.get(timeout=PATIENCE) is False
     assert (idle.server.refusal, idle.server.proven) == ("'lm_head.weight' is a private copy", False)
-    second = EngineClient(idle.path)
+    second = attach(idle)
     assert idle.server.refusal is not None  # attaching alone takes nothing back
     second.refuse("another reason")
     assert (idle.server.refusal, idle.server.proven, idle.server.learner_ready) == ("another reason", False, False)
@@ -415,7 +426,7 @@ def test_a_learner_that_had_resumed_is_reported_as_not_paused(world: World) -> N
 def test_a_learner_that_hangs_up_and_lives_on_keeps_the_lease_until_it_ends(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "_GRACE_SECONDS", 60)
+    monkeypatch.setattr(lease, "_GRACE_SECONDS", 60)
     with learner(world) as process:
         assert process.ask("pause") == {}
         process.ask("hang up")
@@ -429,7 +440,7 @@ def test_a_learner_that_hangs_up_and_lives_on_keeps_the_lease_until_it_ends(
 
 
 def test_a_learner_that_hangs_up_and_does_not_end_is_killed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "_GRACE_SECONDS", 0.2)
     with learner(world) as process:
         ended: list[bool] = []
         world.when_gone = lambda: ended.append(process.ended())
@@ -440,23 +451,88 @@ def test_a_learner_that_hangs_up_and_does_not_end_is_killed(world: World, monkey
         assert process.popen.wait(PATIENCE) == -signal.SIGKILL
 
 
-def test_a_second_learner_waits_until_the_firsts_process_is_gone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_GRACE_SECONDS", 60)
+def test_a_second_learner_is_told_at_once_who_has_the_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_GRACE_SECONDS", 60)
+    assert holder(world.path) is None
     with learner(world) as first:
         assert first.ask("pause") == {}
-        with learner(world) as second:
-            second.begin("pause")
-            assert second.answer(timeout=0.3) is None
-            first.ask("hang up")
-            assert second.answer(timeout=0.3) is None
-            order: list[str] = []
-            world.when_gone = lambda: order.append("gone")
-            os.kill(first.pid, signal.SIGKILL)
-            assert second.answer() == {}
-            order.append("answered")
-            assert order == ["gone", "answered"]
-            assert world.server.learner_pid == second.pid
-    assert world.gone.get(timeout=PATIENCE) is True
+        assert holder(world.path) == first.pid
+        told = f"the weights are lent to process {first.pid}: end it, or wait until what it left behind is undone"
+        with pytest.raises(HeldError) as refused:
+            EngineClient(world.path)
+        assert str(refused.value) == told
+        second = Process(world.path)
+        assert second.attach() == told
+        assert second.ask("attach") == {"error": told, "code": 409}
+        assert "attach first" in second.ask("resume")["error"]  # it may not meddle either
+        first.ask("hang up")
+        assert second.ask("attach")["code"] == 409  # until the first one's process has ended
+        during: list[Any] = []
+        world.when_gone = lambda: during.append(second.ask("attach")["code"])  # and what it left behind is repaired
+        os.kill(first.pid, signal.SIGKILL)
+        assert world.gone.get(timeout=PATIENCE) is True
+        assert during == [409]
+        assert _soon(lambda: second.ask("attach").get("format") == 1)
+        assert (world.server.learner_pid, holder(world.path)) == (second.pid, second.pid)
+        world.when_gone = lambda: None
+        second.close()
+    assert world.gone.get(timeout=PATIENCE) is False
+    assert world.engine.calls == [("pause",)]
+
+
+def test_a_learner_started_by_hand_beside_another_ends_with_one_line(world: World) -> None:
+    with learner(world) as first, pytest.raises(StartError) as told:
+        keep_learner(world.path, ServeConfig())
+    assert str(told.value) == f"process {first.pid} already trains these weights; only one learner may: end it first"
+    assert world.gone.get(timeout=PATIENCE) is False
+    assert _soon(lambda: holder(world.path) is None)
+    with (
+        lock(world.path.parent.parent / "learner.lock", world.path),
+        pytest.raises(StartError, match="a learner already"),
+    ):
+        keep_learner(world.path, ServeConfig())  # one that has not attached yet
+    world.server.close()
+    with pytest.raises(StartError, match="start the server first"):
+        keep_learner(world.path, ServeConfig())
+
+
+def test_of_many_that_attach_at_once_exactly_one_gets_the_weights(world: World) -> None:
+    for _ in range(5):
+        racing = [Process(world.path) for _ in range(8)]
+        try:
+            told = [process.attach() for process in racing]
+            (winner,) = [process for process, word in zip(racing, told, strict=True) if word == "connected"]
+            assert sum(f"process {winner.pid}" in word for word in told) == len(racing) - 1
+            assert world.server.learner_pid == winner.pid
+        finally:
+            for process in racing:
+                process.close()
+        assert world.gone.get(timeout=PATIENCE) is False
+        assert world.gone.empty()
+        assert _soon(lambda: holder(world.path) is None)
+
+
+def test_asking_who_has_the_weights_takes_no_lease(world: World) -> None:
+    for _ in range(3):
+        assert holder(world.path) is None
+    with handles.connect(world.path) as line:
+        handles.send(line, {"do": "pause"})
+        assert "attach first" in handles.receive(line)[0]["error"]
+    assert world.gone.empty()
+    assert world.engine.calls == []
+
+
+def test_a_problem_is_known_until_it_is_over_or_its_learner_is_gone(world: World) -> None:
+    with learner(world) as process:
+        assert process.ask("ready") == {}
+        assert world.server.problem is None
+        process.say({"do": "degraded", "reason": "no room"})
+        assert (world.server.problem, world.server.learner_ready) == ("no room", True)
+        process.say({"do": "degraded", "reason": None})
+        assert world.server.problem is None
+        process.say({"do": "degraded", "reason": "no room"})
+    assert world.gone.get(timeout=PATIENCE) is False
+    assert world.server.problem is None
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -468,7 +544,10 @@ def test_a_second_learner_waits_until_the_firsts_process_is_gone(world: World, m
 def test_nonsense_ends_the_connection_and_not_the_server(world: World, data: bytes) -> None:
     with handles.connect(world.path) as line:
         line.sendall(data)
-    assert world.gone.get(timeout=PATIENCE) is False
+        line.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionError):  # what it had not read is answered with a reset
+            assert line.recv(1) == b""
+    assert world.gone.empty()  # it had not attached
     client = EngineClient(world.path)
     client.pause()
     assert world.server.paused
@@ -477,8 +556,8 @@ def test_nonsense_ends_the_connection_and_not_the_server(world: World, data: byt
 
 
 def test_a_learner_that_died_before_it_was_answered_does_not_end_the_server(idle: World) -> None:
-    with learner(idle):
-        pass  # connected, killed and reaped while nobody answered
+    process = Process(idle.path)
+    process.close()  # connected perhaps, killed and reaped while nobody answered
     idle.server.start()
     with learner(idle) as process:
         assert process.ask("pause") == {}
@@ -506,13 +585,19 @@ def test_another_users_process_gets_no_answer_and_no_descriptor(world: World, mo
 
 
 def test_a_handle_that_is_refused_leaves_no_descriptor_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_outlive", lambda lease: None)
+    monkeypatch.setattr(lease.Lease, "outlive", lambda self: None)
     monkeypatch.setattr(Arena, "manifest", lambda arena: {"format": 9})
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pytest.raises(handles.HandleError, match="format 9"):
         EngineClient(world.path)
     assert world.gone.get(timeout=PATIENCE) is False
     assert _soon(lambda: len(os.listdir("/proc/self/fd")) == before)  # noqa: PTH208
+
+
+def attach(world: World) -> EngineClient:
+    """As soon as the lease is free: a learner that is gone is reported a moment before."""
+    assert _soon(lambda: holder(world.path) is None)
+    return EngineClient(world.path)
 
 
 def _soon(condition: Callable[[], bool]) -> bool:

@@ -150,6 +150,10 @@ def test_killed_learner_is_noticed_and_its_trial_undone(model: Path, tmp_path: P
         second = wait_for(lambda: learner_pid(client), what="another learner")
         assert second != first
         assert [v["status"] for v in versions(client)][:2] == ["committed", "lost"]
+        told = [(e["kind"], e["subject"], e["detail"]) for e in client.get("/v1/live/events")["data"]]
+        (repaired,) = [(subject, detail["torn"]) for kind, subject, detail in told if kind == "repair.done"]
+        assert repaired == ("version 0", True)
+        assert {"learner.died", "version.lost", "feedback.requeued"} <= {kind for kind, _, _ in told}
         # What was accepted is not forgotten, and the lost id is not used again.
         assert {item["status"] for item in settle(client, ids)} == {"applied"}
         assert versions(client)[-1]["id"] == 2
@@ -195,20 +199,22 @@ def test_killed_server_leaves_the_learner_alive_and_its_successor_serves_the_sam
 
 
 def test_full_disk_while_a_version_is_written_keeps_the_old_one(tmp_path: Path) -> None:
-    # 15 MB of weights: the limit stops the version's file, and nothing else that the learner writes.
+    # 15 MB of weights: the limit stops the version's file, and nothing else that the learner writes before it.
     wide = make_tiny(tmp_path / "wide", intermediate_size=20_000)
     with running(wide, tmp_path / "state", *QUICK) as client:
         arena = spy(client.facts["pid"], wide)
         before, learner = arena.sha256(), learner_pid(client)
-        limit = resource.prlimit(learner, resource.RLIMIT_FSIZE, (arena.num_bytes // 2, resource.RLIM_INFINITY))
-        items = settle(client, post_lesson(client))
-        assert {item["status"] for item in items} == {"refused"}
-        assert "too large" in items[0]["reason"].lower(), items[0]["reason"]
-        assert (arena.sha256(), client.get("/v1/live")["weight_version"]) == (before, "0")
+        limit = resource.prlimit(learner, resource.RLIMIT_FSIZE, (arena.num_bytes // 30, resource.RLIM_INFINITY))
+        ids = post_lesson(client)
+        live = wait_for(lambda: (told := client.get("/v1/live"))["learner"]["problem"] and told, what="the reason")
+        assert (live["state"], live["weight_version"]) == ("degraded", "0")
+        assert "no room on the disk of" in live["learner"]["problem"]
+        assert arena.sha256() == before
         assert list((tmp_path / "state" / "versions").iterdir()) == []
-        # With room again the same lesson is learned.
+        # With room again the lessons that were accepted are learned, by the same learner.
         resource.prlimit(learner, resource.RLIMIT_FSIZE, limit)
-        assert {item["status"] for item in settle(client, post_lesson(client))} == {"applied"}
+        assert {item["status"] for item in settle(client, ids)} == {"applied"}
+        assert learner_pid(client) == learner
         arena.close()
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import make_tiny, on_arena
 
-from insitu.live import control
 from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.control import ControlServer, EngineClient
 from insitu.live.engines.embedded import EmbeddedEngine
 from insitu.live.learner import Learner
+from insitu.live.lease import Lease
 from insitu.live.proof import probe
 from insitu.live.repair import repair
 from insitu.live.store import Store
@@ -83,7 +83,7 @@ class World:
 
 @pytest.fixture
 def make(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
-    monkeypatch.setattr(control, "_outlive", lambda lease: None)  # the learner is this process
+    monkeypatch.setattr(Lease, "outlive", lambda self: None)  # the learner is this process
     worlds: list[World] = []
 
     def make(**options: Any) -> World:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from insitu.live.records import Completion, IdInUseError, VersionFile
+from insitu.live.records import Completion, IdInUseError, NotQueuedError, VersionFile
 from insitu.live.store import Store
 
 
@@ -203,7 +203,7 @@ def test_a_version_ends_once(store: Store) -> None:
 def test_feedback_is_in_one_job_only(store: Store) -> None:
     id = add(store, "one")
     first = store.reserve("teach", 0, feedback=[id])
-    with pytest.raises(AssertionError, match="not queued"):
+    with pytest.raises(NotQueuedError, match="not queued"):
         store.reserve("teach", 0, feedback=[id])
     assert [v.id for v in store.versions()] == [0, first]  # and nothing of the second was kept
     assert store.reserve("teach", 0) == first + 1
@@ -342,6 +342,7 @@ def test_another_schema_is_refused_with_the_way_out(store: Store, tmp_path: Path
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "insitu.db").touch(0o600)
     (tmp_path / "insitu.db").write_text("hello " * 1000)
     with pytest.raises(ValueError, match="not an insitu store"):
         Store(tmp_path / "insitu.db")

@@ -15,6 +15,7 @@ from weight_worker import Worker
 
 from insitu.live import control
 from insitu.live.control import ControlServer
+from insitu.live.lease import Lease
 from insitu.live.vllm_plugin.refusals import RefusedError
 from insitu.live.vllm_plugin.worker import SOCKET, WeightClient, WeightServer
 from insitu.live.weights import handles
@@ -67,7 +68,7 @@ def test_a_learner_is_given_the_workers_memory_through_the_api_server(
     world: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two hops: worker, control line of the API server, learner. The API server never maps the weights."""
-    monkeypatch.setattr(control, "_outlive", lambda lease: None)
+    monkeypatch.setattr(Lease, "outlive", lambda self: None)
     line = ControlServer(None, world.connect(), tmp_path / "control" / "engine.sock", lambda paused: None)  # type: ignore[arg-type]
     line.start()
     learner = control.EngineClient(tmp_path / "control" / "engine.sock")

@@ -1,6 +1,7 @@
 """A checkpoint directory made on the spot: a random Llama of two layers with a chat tokenizer that can spell any text."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from insitu.data.chat import Example
+from insitu.live import canaries
 from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena
@@ -89,6 +92,12 @@ def on_arena(directory: Path, *, dtype: torch.dtype = torch.bfloat16, requires_g
     arena = Arena.create(attach.layout(skeleton))
     attach.fill(arena.views(), read(checkpoint_files(directory)), attach.tied(skeleton))
     return arena, attach.build(directory, arena, requires_grad=requires_grad)
+
+
+def frozen(model: Any, said: Sequence[Example], version: int = 0) -> list[canaries.Frozen]:
+    """Canaries that the model continued with ``said``, named canary-0, canary-1, ..., as they are now."""
+    asked = {f"canary-{i}": f"prompt {i}" for i in range(len(said))}
+    return canaries.freeze(model, asked, said, version, 0)
 
 
 def _letter(byte: int) -> str:

@@ -46,6 +46,12 @@ def target_logprobs(model: Any, batch: Batch) -> list[Tensor]:
 
 
 @torch.no_grad()
+def target_distributions(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the whole vocabulary at each target, fp32 [N, V], and the targets, int64 [N]."""
+    return F.log_softmax(target_logits(model, batch), dim=-1), _targets(batch["labels"])
+
+
+@torch.no_grad()
 def reference_logprobs(model: Any, batch: Batch, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Log-probabilities of the whole vocabulary at each target, [N, V]: what :func:`kl_to_reference` compares with."""
     return F.log_softmax(target_logits(model, batch), dim=-1).to(dtype)

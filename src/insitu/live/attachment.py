@@ -2,23 +2,26 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from insitu.data.batch import collate
-from insitu.data.chat import Example, encode_prompt
+from insitu.data.chat import Example, encode_continuation, encode_messages, encode_prompt
 from insitu.data.loss import target_logprobs
-from insitu.live import prompts, proof
+from insitu.live import canaries, prompts, proof
 from insitu.live.control import EngineClient
 from insitu.live.guard import MAX_GAP_AT_START, gap
+from insitu.live.records import Feedback
 from insitu.live.store import Store
 from insitu.live.versions import Versions
 from insitu.live.weights import attach
 
 log = logging.getLogger("insitu.learner")
+
+_CANARY_TOKENS = 12  # of each continuation that judges: scored while serving stands still
 
 
 class Attachment:
@@ -96,6 +99,37 @@ class Attachment:
             Example([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))
             for prompt, reply in zip(asked, told, strict=True)
         ]
+
+    def canaries(self) -> list[canaries.Frozen]:
+        """The canaries that ship and those that users added; new ones are frozen now, from the live weights."""
+        at = self.arena.header
+        assert (at.label, at.writer) == (str(self.head()), 0), "canaries are frozen at committed versions only"
+        wanted = prompts.built_in() | {canary.name: canary.prompt for canary in self.store.canaries()}
+        head = self.head()
+
+        def freeze(missing: Mapping[str, str]) -> list[canaries.Frozen]:
+            said = self.replies(list(missing.values()), _CANARY_TOKENS)
+            return canaries.freeze(self.model, missing, said, head, self.pad_token_id)
+
+        path = self.versions.directory.parent / canaries.FILE
+        vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        return canaries.keep(path, wanted, freeze, version=head, vocabulary=vocabulary)
+
+    def encode(self, item: Feedback) -> Example:
+        """DataError if it cannot be learned from."""
+        payload = item.payload
+        frozen = bool(payload.get("freeze_context", False))
+        if item.kind == "messages":
+            return encode_messages(
+                self.tokenizer, payload["messages"], max_length=self.context_length, freeze_context=frozen
+            )
+        return encode_continuation(
+            payload["context_ids"],
+            payload["continuation_ids"],
+            vocab_size=self.model.config.vocab_size,
+            max_length=self.context_length,
+            freeze_context=frozen,
+        )
 
     @contextmanager
     def all_cores(self) -> Iterator[None]:

@@ -12,6 +12,8 @@ from insitu.live.keys import load_keys
 
 # Time to answer one request; a long generation on a slow machine is no error.
 _TIMEOUT = httpx2.Timeout(600, connect=5)
+_PATIENCE = 600.0  # seconds
+_LOOK_AT = 50  # items in one round: jobs take them in order of arrival, so those at the front end first
 
 
 class ClientError(RuntimeError):
@@ -40,11 +42,21 @@ class Client:
         self.http.close()
 
     def request(self, method: str, path: str, body: Any = None) -> httpx2.Response:
-        """Raises ClientError with the server's own message unless the answer is a success."""
-        try:
-            answer = self.http.request(method, path, json=body if body is not None or method == "GET" else {})
-        except httpx2.TransportError as error:
-            raise ClientError(f"the server at {self.facts['url']} does not answer: {error}") from error
+        """Raises ClientError with the server's own message unless the answer is a success.
+
+        A server that is asked too much (429) says when to come again; that is done for up to ten minutes.
+        """
+        content = body if body is not None or method in ("GET", "DELETE") else {}
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                answer = self.http.request(method, path, json=content)
+            except httpx2.TransportError as error:
+                raise ClientError(f"the server at {self.facts['url']} does not answer: {error}") from error
+            wait = answer.headers.get("retry-after", "") if answer.status_code == 429 else ""
+            if not (wait.isascii() and wait.isdigit()) or time.monotonic() + int(wait) > until:
+                break
+            time.sleep(int(wait))
         if answer.is_error:
             raise ClientError(_message(answer))
         return answer
@@ -89,11 +101,18 @@ class Client:
                     yield choice["delta"].get("content") or ""
 
     def wait_learned(self, ids: list[str], poll: float = 0.2) -> Iterator[list[dict[str, Any]]]:
-        """The feedback items, again and again until each is applied or refused; the last yield is final."""
+        """The items that neither wait nor are in training any more, again and again until that is all of them, in the
+        order of ``ids``."""
+        done: dict[str, dict[str, Any]] = {}
+        waiting = list(dict.fromkeys(ids))
         while True:
-            items = [self.get(f"/v1/feedback/{id}") for id in ids]
-            yield items
-            if all(item["status"] not in ("queued", "training") for item in items):
+            for id in waiting[:_LOOK_AT]:
+                item = self.get(f"/v1/feedback/{id}")
+                if item["status"] not in ("queued", "training"):
+                    done[id] = item
+            waiting = [id for id in waiting if id not in done]
+            yield [done[id] for id in ids if id in done]
+            if not waiting:
                 return
             time.sleep(poll)
 

@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from insitu.live.limits import GuardLimits, check_limits
+
+# What `insitu serve` tells the vLLM it starts, and what a vLLM that was started otherwise may be told.
+MAX_QUEUE = "INSITU_MAX_QUEUE"
+FEEDBACK_PER_MINUTE = "INSITU_FEEDBACK_PER_MINUTE"
+DEFAULT_MAX_QUEUE = 10_000
+DEFAULT_FEEDBACK_PER_MINUTE = 3_000
+
 
 def default_state_dir() -> Path:
     """``$INSITU_STATE``, else ``$XDG_STATE_HOME/insitu``, else ``~/.local/state/insitu``."""
@@ -16,8 +24,8 @@ def default_state_dir() -> Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeachConfig:
-    """How the learner teaches. The defaults come from experiments/first_minute.
+class TeachConfig(GuardLimits):
+    """How the learner teaches, and the limits of the guard. The defaults come from experiments/first_minute.
 
     Args:
         optimizer: APOLLO (channel-wise scaling) or APOLLO-Mini (rank 1, tensor-wise).
@@ -30,7 +38,26 @@ class TeachConfig:
         rank: Rank of the projection, capped for each tensor by rank_share.
         rank_share: A tensor whose projected side is m has rank min(rank, m // rank_share).
         limiter: Norm-growth limiter of the paper (1.01); none by default: a job is too short for it to help.
-        max_canary_kl: The gate: a step that changes the canaries' replies by more nats per token is undone and the job refused.
+        replay: Earlier applied examples that take part as anchors, so that old lessons are kept.
+        max_lesson_repetition: Refuse an example of 32 or more target tokens that repeat themselves by a higher score, 0 to 1.
+        warn_canary_kl: Commit with a warning if unrelated replies (canaries) changed by more nats per token in the job.
+        max_canary_kl: Undo and refuse the job if they changed by more; also the gate after every single step.
+        warn_worst_kl: The same for the canary that changed most.
+        max_worst_kl: The same for the canary that changed most.
+        warn_canary_loss: Warn if the old replies became less likely by more nats per token.
+        max_canary_loss: Refuse if they became less likely by more.
+        warn_drift_kl: Warn if unrelated replies are further than this from version 0 (or when a canary was added).
+        max_drift_kl: Refuse if they are further than this.
+        warn_drift_loss: Warn if the replies of version 0 became less likely by more nats per token.
+        max_drift_loss: Refuse if they became less likely by more.
+        warn_entropy_change: Warn if the mean entropy of the next token went up or down by more nats.
+        max_entropy_change: Refuse if it went up or down by more.
+        warn_repetition_rise: Warn if the score, 0 to 1, of how much replies repeat themselves rose by more.
+        max_repetition_rise: Refuse if it rose by more.
+        warn_gap_rise: Warn if server and learner came to disagree by more nats per token than before the job.
+        max_gap_rise: Refuse if they came to disagree by more.
+        warn_burn_in: Warn if the lesson's own tokens reach a higher mean probability, exp(-loss): it is burnt in.
+        max_burn_in: Refuse if they reach a higher one; 1 never refuses.
         seed: Of the projections and of stochastic rounding.
         keep_versions: So many of the last versions can be served again; older ones are pruned, except pinned ones, when
             that saves room.
@@ -47,7 +74,8 @@ class TeachConfig:
     rank: int = 256
     rank_share: int = 8
     limiter: float | None = None
-    max_canary_kl: float = 1.5
+    replay: int = 0
+    max_lesson_repetition: float = 0.8
     seed: int = 0
     keep_versions: int = 50
     disk_limit_gb: float | None = None
@@ -55,7 +83,8 @@ class TeachConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("apollo", "apollo-mini"):
             raise ValueError(f"optimizer={self.optimizer!r}; expected 'apollo' or 'apollo-mini'")
-        for name in ("learning_rate", "target_loss", "anchor_weight", "max_canary_kl"):
+        check_limits(self)
+        for name in ("learning_rate", "target_loss", "anchor_weight", "max_lesson_repetition"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r}; expected a finite number, 0 or more")
@@ -67,6 +96,7 @@ class TeachConfig:
             "warmup_steps": 0,
             "seed": 0,
             "keep_versions": 1,
+            "replay": 0,
         }
         for name, low in least.items():
             value = getattr(self, name)
@@ -95,6 +125,8 @@ class ServeConfig:
         max_requests: Embedded engine: requests computed at once; more wait their turn.
         cache_tokens: Embedded engine: room for keys and values, in tokens, all requests together.
         threads: Cores for serving; 0 is half of them. The rest learn.
+        max_queue: Feedback items that may wait, queued or held; further ones get 429.
+        feedback_per_minute: Posts of feedback taken in a minute, on average and at once; further ones get 429.
         teach: How the learner teaches.
     """
 
@@ -110,4 +142,12 @@ class ServeConfig:
     max_requests: int = 8
     cache_tokens: int = 16384
     threads: int = 0
+    max_queue: int = DEFAULT_MAX_QUEUE
+    feedback_per_minute: int = DEFAULT_FEEDBACK_PER_MINUTE
     teach: TeachConfig = field(default_factory=TeachConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_queue", "feedback_per_minute"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; expected an integer, 1 or more")

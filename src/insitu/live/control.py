@@ -1,14 +1,14 @@
 """The line between learner and server: a Unix socket with a handful of commands.
 
-The server hands out the arena once, then obeys: ready, refuse, pause, publish, resume, score, generate. One learner at a
-time. The lease it holds on the weights ends only with its process: a connection that breaks is followed by a wait for that
-process to be gone, and only then does the server look at what it left behind (``on_writer_gone``).
+The server hands out the arena to one learner, then obeys it: ready, refuse, degraded, pause, publish, resume, score, generate.
+Whoever asks for the arena while it is lent is told at once by whom (409). The lease ends only with the learner's process: a
+connection that breaks is followed by a wait for that process to be gone, and only then does the server look at what it left
+behind (``on_writer_gone``).
 """
 
 import asyncio
 import os
 import select
-import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from insitu.live.engines.base import Engine, PublishReport, SamplingParams
+from insitu.live.lease import Lease
 from insitu.live.weights import handles
 from insitu.live.weights.arena import Arena
 from insitu.live.weights.header import Header
 
-_GRACE_SECONDS = 5.0  # for a learner that closed its connection to end by itself, before it is killed
-
 
 class ControlError(RuntimeError):
     """The server refused a command; the message is its reason."""
+
+
+class HeldError(ControlError):
+    """The weights are lent to another learner, or are being restored after one that died."""
 
 
 class Weights(Protocol):
@@ -42,11 +45,11 @@ class Weights(Protocol):
 
 
 class ControlServer:
-    """Serves one learner at a time on ``path``. ``on_writer_gone`` runs when a learner's process has ended, before another
-    may attach, and is told whether the learner had paused the engine: it repairs the weights and ends the pause.
+    """Lends the weights to one learner at a time on ``path``. ``on_writer_gone`` runs when a learner's process has ended,
+    before another may attach, and is told whether the learner had paused the engine: it repairs the weights and ends the pause.
 
     ``proven`` False asks the first learner for proof that the engine reads the arena (:mod:`insitu.live.proof`); ``refusal``
-    is why a learner would not attach.
+    is why a learner would not attach, ``problem`` why one that did cannot learn for now.
     """
 
     def __init__(
@@ -61,12 +64,15 @@ class ControlServer:
         self._engine = engine
         self.proven = proven
         self.refusal: str | None = None
+        self.problem: str | None = None
         self._weights = weights
         self._on_writer_gone = on_writer_gone
         self._listener = handles.listen(path)
         self._thread = threading.Thread(target=self._accept, name="insitu-control", daemon=True)
+        self._lease = Lease()
+        self._lock = threading.Lock()  # guards the two below
         self._closing = False
-        self._connection: socket.socket | None = None
+        self._connections: set[socket.socket] = set()
         self.learner_pid: int | None = None
         self.learner_ready = False
         self.paused = False
@@ -76,14 +82,16 @@ class ControlServer:
 
     def close(self) -> None:
         """Idempotent. The learner's connection ends too, so that it notices."""
-        if self._closing:
-            return
-        self._closing = True
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            open_now = list(self._connections)
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        if self._connection is not None:
+        for connection in open_now:
             with suppress(OSError):  # it may have ended by itself
-                self._connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while not self._closing:
@@ -93,35 +101,58 @@ class ControlServer:
                 if self._closing:
                     return
                 raise
-            with connection:
-                self._connection = connection
+            threading.Thread(target=self._meet, args=(connection,), name="insitu-peer", daemon=True).start()
+
+    def _meet(self, connection: socket.socket) -> None:
+        """One connection. Until it attaches it can ask for nothing else but who has the weights."""
+        with connection:
+            with self._lock:
                 if self._closing:
                     return
-                try:
-                    pid = handles.check_peer(connection)
-                    lease = os.pidfd_open(pid)
-                except (handles.HandleError, ProcessLookupError):  # another user, or dead before we came to it
-                    continue
-                try:
-                    self.learner_pid = pid
-                    self._serve(connection)
-                finally:
-                    self.learner_pid = None
-                    self.learner_ready = False
-                    if not self._closing:
-                        _outlive(lease)
-                        paused, self.paused = self.paused, False
-                        self._on_writer_gone(paused)
-                    os.close(lease)
+                self._connections.add(connection)
+            try:
+                pid = handles.check_peer(connection)
+                while True:
+                    message, _ = handles.receive(connection)
+                    if message.get("do") == "holder":
+                        handles.send(connection, {"pid": self._lease.holder})
+                    elif message.get("do") != "attach":
+                        handles.send(connection, {"error": "attach first: these weights are not lent to you"})
+                    elif self._lease.take(pid):
+                        self._lend(connection, pid)
+                        return
+                    else:
+                        handles.send(connection, {"error": self._lease.refusal(), "code": 409})
+            except (ConnectionError, handles.HandleError):  # hung up, talks nonsense, or another user
+                return
+            finally:
+                with self._lock:
+                    self._connections.discard(connection)
+
+    def _lend(self, connection: socket.socket, pid: int) -> None:
+        """Obey the learner that has the lease; when it is gone, repair, and only then is the lease free again."""
+        try:
+            self.learner_pid = pid
+            self._serve(connection)
+        finally:
+            self.learner_pid = None
+            self.learner_ready = False
+            self.problem = None
+            if not self._closing:
+                self._lease.outlive()
+                paused, self.paused = self.paused, False
+                self._on_writer_gone(paused)  # if it raises, nobody may write any more
+            self._lease.free()
 
     def _serve(self, connection: socket.socket) -> None:
+        message: dict[str, Any] = {"do": "attach"}
         while True:
             try:
-                message, _ = handles.receive(connection)
                 if message.get("do") == "attach":
                     handles.send(connection, {**self._weights.manifest(), "proven": self.proven}, self._weights.fd)
                 else:
                     handles.send(connection, self._obey(message))
+                message, _ = handles.receive(connection)
             except (ConnectionError, handles.HandleError):
                 return
 
@@ -134,6 +165,9 @@ class ControlServer:
                     return {}
                 case {"do": "refuse", "reason": str(reason)}:
                     self.refusal = reason
+                    return {}
+                case {"do": "degraded", "reason": str() | None as problem}:
+                    self.problem = problem
                     return {}
                 case {"do": "pause"}:
                     self._engine.pause()
@@ -167,19 +201,11 @@ async def _greedy(engine: Engine, prompts: Sequence[Sequence[int]], limit: int) 
     return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
 
 
-def _outlive(lease: int) -> None:
-    """Return when the process of this pidfd has ended; kill it if it does not within the grace: it must not write again."""
-    poll = select.poll()
-    poll.register(lease, select.POLLIN)
-    if not poll.poll(_GRACE_SECONDS * 1000):
-        with suppress(ProcessLookupError):  # it ended just now
-            signal.pidfd_send_signal(lease, signal.SIGKILL)
-        poll.poll()
-
-
 def _attach(connection: socket.socket) -> tuple[Arena, bool]:
     handles.send(connection, {"do": "attach"})
     message, fd = handles.receive(connection, want_fd=True)
+    if message.get("code") == 409:
+        raise HeldError(str(message.get("error")))
     if fd is None:
         raise handles.HandleError("the server sent no descriptor with its handle")
     try:
@@ -189,8 +215,19 @@ def _attach(connection: socket.socket) -> tuple[Arena, bool]:
         raise
 
 
+def holder(path: Path) -> int | None:
+    """The process to which the server at ``path`` has lent its weights. Raises OSError when nobody listens."""
+    with handles.connect(path) as line:
+        handles.send(line, {"do": "holder"})
+        answer, _ = handles.receive(line)
+    found = answer.get("pid")
+    return found if isinstance(found, int) else None
+
+
 class EngineClient:
-    """The learner's end. Every method raises ConnectionError when the server is gone, ControlError when it refuses."""
+    """The learner's end. Raises HeldError if another has the weights.
+
+    Every method raises ConnectionError when the server is gone, ControlError when it refuses."""
 
     def __init__(self, path: Path) -> None:
         self._socket = handles.connect(path)
@@ -225,6 +262,10 @@ class EngineClient:
     def refuse(self, reason: str) -> None:
         """Tell the server why its weights will not be trained."""
         self._ask(do="refuse", reason=reason)
+
+    def degraded(self, reason: str | None) -> None:
+        """Tell the server why nothing is learned for now, or with None that it is over."""
+        self._ask(do="degraded", reason=reason)
 
     def pause(self) -> None:
         """Idempotent: whoever cleans up need not know how far the work had got."""

@@ -2,13 +2,14 @@
 
 A block is the bit patterns of up to :data:`BLOCK` elements, seen as integers. Stored are which of them changed and by how much:
 ``zigzag(after - before) - 1``, modulo 2**bits. Small numbers change oftener than large ones (the spacing of floats grows with
-the exponent, an optimizer's step does not), so elements are taken in the order of their magnitude, two binades a class. A
-reader knows the classes of the side it has; which elements changed class is stored too, so that a difference can be undone
-as well as done.
+the exponent, an optimizer's step does not), so elements are taken class by class of their magnitude, two binades a class, and
+each class is compressed by itself. A reader knows the classes of the side it has; the few elements that changed class are
+stored too, so that a difference can be undone as well as done.
 """
 
 import itertools
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 BLOCK = 1 << 18  # elements; what is worked on at a time fits a core's cache
 # Numbers like these have no repetitions to look for; what counts is the entropy coder.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6)
+
+_CLASSES = 6  # the largest numbers of a block are in the last one, all that are far smaller in the first
 
 Bits = NDArray[np.unsignedinteger]
 
@@ -56,51 +59,67 @@ def bits(tensor: torch.Tensor) -> Bits:
 def encode(before: Bits, after: Bits, dtype: torch.dtype) -> bytes:
     """The difference of one block."""
     form = _FORMATS[dtype]
-    was, now = _classes(before, form), _classes(after, form)
-    order = _order(now)  # the side that is known where this is needed
-    moved = (was != now)[order]
-    zigzag = _zigzag(after - before, form)[_order(was)]
-    changed = zigzag != 0
-    values = zigzag[changed] - form.unsigned(1)
-    # A plane for each byte of the values, as the upper ones are nearly always 0; a frame for each part, as each has a
-    # distribution of its own.
-    planes = values.view(np.uint8).reshape(-1, values.itemsize).T
-    parts = [np.packbits(moved), (was - now)[order][moved], np.packbits(changed), *planes]
+    floor = _floor(before, form)
+    was, now = _classes(before, form, floor), _classes(after, form, floor)
+    moved = was != now
+    parts = [np.packbits(moved), (was - now)[moved]]  # steps are modulo 256
+    for part in _split(_zigzag(after - before, form)[_order(was)], was):
+        changed = part != 0
+        values = part[changed] - form.unsigned(1)
+        # A plane for each byte of the values: the upper ones are nearly always 0.
+        parts += [np.packbits(changed), *values.view(np.uint8).reshape(-1, values.itemsize).T]
     compressor = zstandard.ZstdCompressor(compression_params=_ZSTD)
-    frames = [compressor.compress(part.tobytes()) for part in parts]
-    return struct.pack(f"<{len(frames)}I", *map(len, frames)) + b"".join(frames)
+    frames = [compressor.compress(part.tobytes()) if part.size else b"" for part in parts]
+    return struct.pack(f"<B{len(frames)}I", floor, *map(len, frames)) + b"".join(frames)
 
 
 def apply(block: Bits, data: bytes | memoryview, dtype: torch.dtype, *, backwards: bool = False) -> Bits:
     """The other side of the block: ``after`` for ``before``, or the reverse. Raises DifferenceError if it cannot be."""
     form = _FORMATS[dtype]
-    parts = _unpack(data, 3 + block.itemsize, block.size)
-    moved, changed = (_mask(part, block.size) for part in (parts[0], parts[2]))
-    steps, planes = parts[1], parts[3:]
-    counts = [moved.sum(), *[changed.sum()] * block.itemsize]
-    if [part.size for part in (steps, *planes)] != counts:
-        raise DifferenceError(f"a stored difference holds other numbers of values than it says ({counts})")
-    classes = _classes(block, form)
+    floor, parts = _unpack(data, 2 + _CLASSES * (1 + block.itemsize), block.size)
+    moved = _mask(next(parts), block.size)
+    classes = _classes(block, form, floor)
+    steps = _exactly(next(parts), int(moved.sum()))
     if backwards:
-        classes[_order(classes)[moved]] += steps
-    zigzag = np.empty_like(block)
-    values = np.stack(planes, axis=1).view(form.unsigned).ravel()
+        classes[moved] += steps
+        if classes.size and classes.max() >= _CLASSES:
+            raise DifferenceError("a stored difference names a class of magnitude that there is not")
     ordered = np.zeros_like(block)
-    ordered[changed] = values + form.unsigned(1)
+    for part in _split(ordered, classes):
+        changed = _mask(next(parts), part.size)
+        count = int(changed.sum())
+        planes = [_exactly(next(parts), count) for _ in range(block.itemsize)]
+        part[changed] = np.stack(planes, axis=1).view(form.unsigned).ravel() + form.unsigned(1)
+    zigzag = np.empty_like(block)
     zigzag[_order(classes)] = ordered
     step = _unzigzag(zigzag, form)
     other: Bits = block - step if backwards else block + step
     return other
 
 
-def _classes(block: Bits, form: _Format) -> NDArray[np.uint8]:
-    classes: Bits = (block >> form.unsigned(form.shift + 1)) & form.unsigned(form.exponents >> 1)
-    return classes.astype(np.uint8)
+def _floor(block: Bits, form: _Format) -> int:
+    """What the classes of this block are counted from, so that its largest number is in the last one."""
+    return max(0, int(_magnitudes(block, form).max(initial=0)) - _CLASSES + 1)
+
+
+def _magnitudes(block: Bits, form: _Format) -> NDArray[np.uint8]:
+    found: Bits = (block >> form.unsigned(form.shift + 1)) & form.unsigned(form.exponents >> 1)
+    return found.astype(np.uint8)
+
+
+def _classes(block: Bits, form: _Format, floor: int) -> NDArray[np.uint8]:
+    found: NDArray[np.uint8] = np.clip(_magnitudes(block, form), floor, floor + _CLASSES - 1) - np.uint8(floor)
+    return found
 
 
 def _order(classes: NDArray[np.uint8]) -> NDArray[np.intp]:
     order: NDArray[np.intp] = np.argsort(classes, kind="stable")  # a radix sort for bytes
     return order
+
+
+def _split(ordered: Bits, classes: NDArray[np.uint8]) -> list[Bits]:
+    """Views of what is in the order of the classes, one for each class."""
+    return np.split(ordered, np.cumsum(np.bincount(classes, minlength=_CLASSES))[:-1])
 
 
 def _zigzag(step: Bits, form: _Format) -> Bits:
@@ -117,26 +136,35 @@ def _unzigzag(zigzag: Bits, form: _Format) -> Bits:
     return unfolded
 
 
-def _unpack(data: bytes | memoryview, parts: int, most: int) -> list[NDArray[np.uint8]]:
-    """The parts of a stored difference, each of at most so many bytes."""
+def _unpack(data: bytes | memoryview, parts: int, most: int) -> tuple[int, Iterator[NDArray[np.uint8]]]:
+    """The floor and the parts of a stored difference, each of at most so many bytes."""
     try:
-        sizes = struct.unpack_from(f"<{parts}I", data)
-        ends = list(itertools.accumulate(sizes, initial=4 * parts))
+        floor, *sizes = struct.unpack_from(f"<B{parts}I", data)
+        ends = list(itertools.accumulate(sizes, initial=1 + 4 * parts))
         if ends[-1] != len(data):
             raise DifferenceError(f"a stored difference has {len(data)} bytes, its parts need {ends[-1]}")
-        return [_decompress(data[start:end], most) for start, end in itertools.pairwise(ends)]
+        found = [_decompress(data[start:end], most) for start, end in itertools.pairwise(ends)]
     except (zstandard.ZstdError, struct.error) as error:
         raise DifferenceError(f"a stored difference cannot be unpacked: {error}") from error
+    if floor + _CLASSES > 256:
+        raise DifferenceError(f"a stored difference counts its classes of magnitude from {floor}")
+    return floor, iter(found)
 
 
 def _decompress(frame: bytes | memoryview, most: int) -> NDArray[np.uint8]:
+    if not frame:
+        return np.empty(0, np.uint8)
     # A frame says its size, and so much is allocated, whatever max_output_size is: look before.
     if not 0 <= (size := zstandard.frame_content_size(frame)) <= most:
         raise DifferenceError(f"a part of a stored difference would have {size} bytes; expected at most {most}")
     return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False), np.uint8)
 
 
+def _exactly(data: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    if data.size != count:
+        raise DifferenceError(f"a stored difference has {data.size} values where {count} should be")
+    return data
+
+
 def _mask(data: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
-    if data.size != -(-count // 8):
-        raise DifferenceError(f"a stored difference is of another number of elements than {count}")
-    return np.unpackbits(data, count=count).view(np.bool_)
+    return np.unpackbits(_exactly(data, -(-count // 8)), count=count).view(np.bool_)

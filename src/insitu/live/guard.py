@@ -1,8 +1,14 @@
-"""The verdict on an update: canaries that never take part in training, scored teacher-forced on the weights themselves.
+"""What an update did to replies it was not asked to change, in figures: canaries scored teacher-forced on the weights.
 
-At the job's start the model's own replies to the canary prompts are frozen with their full-vocabulary log-probabilities;
-after every write the mean KL(start || now) per token is compared with a limit. A good job was measured at 0.1 to 0.5 nats, ten
-times its rate at 3.9, a rate of 1e3 at 8.8.
+Two references for the same frozen continuations: what the model said of them at the job's start, and what it said when they
+were frozen (version 0, as a rule), so that the drift over many small updates is seen although each of them is small. With p
+the reference and q the weights now, over the N tokens of all continuations:
+
+    canary_kl, drift_kl      mean KL(p || q), p at the job's start and at the origin
+    canary_loss, drift_loss  mean -log q of the continuation's tokens, less the same under p
+    entropy                  mean entropy of q
+
+The limits, and what becomes of a figure over one, are in insitu.live.limits and insitu.live.verdict.
 """
 
 import math
@@ -11,52 +17,117 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from insitu.data.batch import collate
-from insitu.data.chat import Example
-from insitu.data.loss import kl_to_reference, reference_logprobs
+from insitu.data.loss import target_distributions
+from insitu.live.canaries import Frozen, half
+from insitu.live.limits import GuardLimits
+from insitu.live.verdict import Verdict, judge
 
 MAX_GAP_AT_START = 0.3  # nats per token by which they may differ when a learner attaches
-MAX_GAP = 0.1  # nats per token by which server and learner may come to disagree more in the course of a job
+_PART = 8  # canaries scored at once, at most: serving stands still for one part
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """``ok`` or the reason why not, with the figure it rests on."""
+class _Part:
+    """Some of the canaries as a batch of N tokens in all, ``lengths`` of each; ``start`` and ``origin`` are float16 [N, V]."""
 
-    ok: bool
-    kl: float
-    reason: str | None = None
+    canaries: Sequence[Frozen]
+    batch: dict[str, Tensor]
+    lengths: list[int]
+    start: Tensor
+    origin: Tensor
+    start_entropy: Tensor
 
 
 class Guard:
-    """Judges every write of one job against the model at the job's start."""
+    """Measures every write of one job against the model at the job's start: make it before the first write."""
 
-    def __init__(self, model: Any, canaries: Sequence[Example], pad_token_id: int, max_kl: float) -> None:
+    def __init__(self, model: Any, canaries: Sequence[Frozen], pad_token_id: int, limits: GuardLimits) -> None:
         self._model = model
-        # Two halves that take turns: serving stands still while an update is judged.
-        halves = [canaries[0::2], canaries[1::2]] if len(canaries) > 1 else [canaries]
-        self._batches = [collate(half, pad_token_id, device=model.device) for half in halves]
-        self._references = [reference_logprobs(model, batch) for batch in self._batches]
-        self._max_kl = max_kl
+        self._limits = limits
+        # At least two parts that take turns: serving stands still while a write is judged.
+        count = min(len(canaries), max(2, math.ceil(len(canaries) / _PART)))
+        self._parts = [self._part(canaries[i::count], pad_token_id) for i in range(count)]
         self._turn = 0
 
-    @torch.no_grad()
-    def judge(self, *, whole: bool = False) -> Verdict:
-        """Run inside the pause, on the weights just written: one half of the canaries, the other next time; or ``whole``."""
-        chosen = range(len(self._batches)) if whole else [self._turn % len(self._batches)]
+    def gate(self) -> Verdict:
+        """Run inside the pause, on the weights just written: one part of the canaries, the next one next time."""
+        part = self._parts[self._turn % len(self._parts)]
         self._turn += 1
-        kls = [float(kl_to_reference(self._model, self._batches[i], self._references[i])) for i in chosen]
-        kl = sum(kls) / len(kls)
-        if not math.isfinite(kl):
-            return Verdict(False, kl, "the updated weights give no finite log-probabilities")
-        if kl > self._max_kl:
-            return Verdict(
-                False,
-                kl,
-                f"the update changed unrelated replies by {kl:.2f} nats per token; the limit is {self._max_kl}",
-            )
-        return Verdict(True, kl)
+        now, _ = target_distributions(self._model, part.batch)
+        verdict = judge({"canary_kl": float(_kl(part.start, now).mean())}, self._limits)
+        # A warning would be of a weight on its way; the audit warns of where it came to rest.
+        return verdict if verdict.refused else Verdict("pass", figures=verdict.figures)
+
+    def figures(self) -> dict[str, Any]:
+        """Over all canaries. ``since`` names the versions at which they were frozen, ``canaries`` has a row for each."""
+        sums: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        for part in self._parts:
+            found = self._measure(part)
+            for name, values in found.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + values.double().sum().cpu()
+            kls, drifts = (torch.split(found[name], part.lengths) for name in ("canary_kl", "drift_kl"))
+            rows += [
+                {"name": c.name, "since": c.version, "kl": float(kl.mean()), "drift_kl": float(drift.mean())}
+                for c, kl, drift in zip(part.canaries, kls, drifts, strict=True)
+            ]
+        tokens = sum(sum(part.lengths) for part in self._parts)
+        means = {name: float(total) / tokens for name, total in sums.items()}
+        worst = max(rows, key=lambda row: math.inf if math.isnan(row["kl"]) else row["kl"])
+        return {
+            **means,
+            "entropy_change": abs(means["entropy"] - means["entropy_before"]),
+            "worst_kl": worst["kl"],
+            "worst_canary": worst["name"],
+            "since": ", ".join(str(version) for version in sorted({row["since"] for row in rows})),
+            "canaries": sorted(rows, key=lambda row: _order(row["name"])),
+        }
+
+    def _part(self, canaries: Sequence[Frozen], pad_token_id: int) -> _Part:
+        batch = collate([c.example for c in canaries], pad_token_id, device=self._model.device)
+        start, _ = target_distributions(self._model, batch)
+        origin = torch.cat([c.logprobs for c in canaries]).to(start.device)
+        if origin.shape != start.shape:
+            raise ValueError(f"frozen canaries have shape {list(origin.shape)}, the model gives {list(start.shape)}")
+        lengths = [sum(c.example.loss_mask) for c in canaries]
+        return _Part(canaries, batch, lengths, half(start), origin, _entropy(start))
+
+    def _measure(self, part: _Part) -> dict[str, Tensor]:
+        """Each figure for each token, [N]."""
+        now, targets = target_distributions(self._model, part.batch)
+
+        def loss(logprobs: Tensor) -> Tensor:
+            return -logprobs.gather(-1, targets[:, None])[:, 0].float()
+
+        return {
+            "canary_kl": _kl(part.start, now),
+            "canary_loss": loss(now) - loss(part.start),
+            "drift_kl": _kl(part.origin, now),
+            "drift_loss": loss(now) - loss(part.origin),
+            "entropy": _entropy(now),
+            "entropy_before": part.start_entropy,
+        }
+
+
+def _kl(reference: Tensor, logprobs: Tensor) -> Tensor:
+    """KL(reference || now) of each token, in nats, [N]. Rounded to float16 log-probabilities no longer sum to one;
+    renormalised, the divergence is never negative but for rounding."""
+    exact = F.log_softmax(reference.float(), dim=-1)
+    return F.kl_div(logprobs, exact, reduction="none", log_target=True).sum(dim=-1)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """Nats, [N]."""
+    return -(logprobs.exp() * logprobs.clamp(min=-1e30)).sum(dim=-1)  # 0 * -inf would be NaN
+
+
+def _order(name: str) -> tuple[str, int]:
+    kind, _, number = name.rpartition("-")
+    return kind, int(number) if number.isdigit() else 0
 
 
 def gap(served: Sequence[float], computed: Sequence[float]) -> float:

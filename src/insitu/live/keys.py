@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from insitu.live.records import StateError
+
 Role = Literal["api", "learn"]
 
 API_VARIABLE = "INSITU_API_KEY"
@@ -32,9 +34,9 @@ class Keys:
     def __post_init__(self) -> None:
         for name, key in (("api", self.api), ("learn", self.learn)):
             if not key or not key.isascii() or not key.isprintable() or " " in key:
-                raise ValueError(f"the {name} key must be printable ASCII without spaces: it travels in an HTTP header")
+                raise StateError(f"the {name} key must be printable ASCII without spaces: it travels in an HTTP header")
         if hmac.compare_digest(self.api.encode(), self.learn.encode()):
-            raise ValueError("the API key and the learn key are the same; a client that may only ask could then teach")
+            raise StateError("the API key and the learn key are the same; a client that may only ask could then teach")
 
     def role_of(self, token: bytes) -> Role | None:
         """What ``token`` may do. Takes the same time whichever key it resembles, and however closely."""
@@ -54,7 +56,7 @@ def load_keys(state_dir: Path, environ: Mapping[str, str] = os.environ) -> Keys:
     """The keys of a state directory, made at the first call.
 
     Raises:
-        ValueError: the file is readable by others, broken, or a key is unusable.
+        StateError: the file is readable by others, a link, or broken, or a key is unusable.
     """
     api, learn = environ.get(API_VARIABLE), environ.get(LEARN_VARIABLE)
     if api and learn:
@@ -86,13 +88,16 @@ def _create(path: Path) -> None:
 
 
 def _read(path: Path) -> Keys:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:  # a link, or another user's
+        raise StateError(f"{path} cannot be read: {error.strerror}") from error
     with os.fdopen(descriptor) as file:
         found = os.fstat(file.fileno())
         if found.st_uid != os.geteuid():
-            raise ValueError(f"{path} belongs to another user (uid {found.st_uid}); its keys cannot be trusted")
+            raise StateError(f"{path} belongs to another user (uid {found.st_uid}); its keys cannot be trusted")
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise ValueError(
+            raise StateError(
                 f"{path} is readable by other users (mode {stat.S_IMODE(found.st_mode):o}); "
                 f"delete it to have new keys made, or, if nobody read it: chmod 600 {path}"
             )
@@ -102,6 +107,6 @@ def _read(path: Path) -> Keys:
         return Keys(str(stored["api"]), str(stored["learn"]))
     except (ValueError, KeyError, TypeError) as error:
         # The parser's own words could quote a key.
-        raise ValueError(
+        raise StateError(
             f"{path} is not a file of keys ({type(error).__name__}); delete it to have new ones made"
         ) from None

@@ -11,20 +11,25 @@ is answered from them again. If this process dies instead, the server notices an
 import fcntl
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from insitu.data.chat import DataError, Example, encode_continuation, encode_messages
-from insitu.live import retention
+from insitu.data.chat import DataError, Example
+from insitu.live import disk, retention
 from insitu.live.attachment import Attachment
 from insitu.live.checkpoint import VersionError
 from insitu.live.config import TeachConfig
-from insitu.live.control import EngineClient
-from insitu.live.records import Feedback, Rollback
+from insitu.live.control import EngineClient, HeldError
+from insitu.live.degenerate import refuse_degenerate
+from insitu.live.events import note
+from insitu.live.gathering import MAX_ITEMS, Gathering
+from insitu.live.records import Feedback, NotQueuedError, Rollback
 from insitu.live.store import Store
 from insitu.live.transaction import RefusedError, Transaction
 from insitu.live.versions import Versions
@@ -32,8 +37,8 @@ from insitu.live.versions import Versions
 log = logging.getLogger("insitu.learner")
 
 _POLL_SECONDS = 0.05
-_GATHER_SECONDS = 0.5  # feedback posted one by one within this time is learned together
-_MAX_ITEMS = 32  # in one job
+_FULL = "the disk was full"
+_ROOM_SECONDS = 1.0  # between two looks whether a full disk has room again
 
 
 class Learner:
@@ -50,39 +55,71 @@ class Learner:
 
     def work(self) -> None:
         """Do jobs until the server is gone (ConnectionError)."""
-        waiting_since: float | None = None
+        gathered = Gathering()
+        ended = "the process that trained it died"
+        note(self.store, "learner.attached", "learner", pid=os.getpid(), head=self.store.head())
         while True:
-            for request in self.store.open_rollbacks():
-                self.roll_back(request)
-            items = self.store.queued(_MAX_ITEMS)
-            if items:
-                # A file of examples arrives as many posts: wait for a short silence, or a full job.
-                waiting_since = waiting_since or time.monotonic()
-                silent = time.time() - items[-1].created > _GATHER_SECONDS
-                if silent or len(items) == _MAX_ITEMS or time.monotonic() - waiting_since > 10 * _GATHER_SECONDS:
-                    waiting_since = None
-                    self.teach(items)
-                    continue
+            try:
+                if ended:
+                    _give_up_reserved(self.store, ended, counted=ended != _FULL)
+                    self.versions.discard_uncommitted()
+                    ended = ""
+                self._next(gathered)
+            except Exception as error:
+                if not disk.is_full(error):
+                    raise
+                log.error("the disk is full: %s", error)
+                ended = _FULL
+                self._await_room(error)
             if self.engine.server_gone():
                 raise ConnectionError("the server is gone")
             time.sleep(_POLL_SECONDS)
+
+    def _next(self, gathered: Gathering) -> None:
+        """What is to be done now, if anything."""
+        for request in self.store.open_rollbacks():
+            self.roll_back(request)
+        items = self.store.queued(MAX_ITEMS)
+        if gathered.complete(items):
+            with suppress(NotQueuedError):  # held or withdrawn just now: the others are taken next time
+                self.teach(items)
+
+    def _await_room(self, error: Exception) -> None:
+        """Serve the last committed version, say why nothing is learned, and return when a version would fit again."""
+        head = self.served.head()
+        if self.arena.header.version != head:  # a rollback that could not be committed
+            self.engine.pause()
+            self.arena.mark_writing()
+        self._undo(head)
+        self.versions.discard_uncommitted()  # the file of a version that could not be committed takes up room
+        known = isinstance(error, retention.NoRoomError)
+        self.engine.degraded(str(error) if known else disk.describe(self.versions.directory, error))
+        while not self._has_room():
+            if self.engine.server_gone():
+                raise ConnectionError("the server is gone")
+            time.sleep(_ROOM_SECONDS)
+        time.sleep(_ROOM_SECONDS)  # the store may have a limit of its own: not as often as it can be tried
+        self.engine.degraded(None)
 
     def teach(self, items: Sequence[Feedback]) -> None:
         """Learn from these items as one version; items that cannot be encoded are refused one by one."""
         encoded: list[tuple[Feedback, Example]] = []
         for item in items:
             try:
-                encoded.append((item, self._encode(item)))
+                example = self.served.encode(item)
+                refuse_degenerate(example, self.config.max_lesson_repetition)
+                encoded.append((item, example))
             except DataError as error:
                 self.store.refuse(item.id, str(error))
         if not encoded:
             return
+        # Before anything is begun: what is queued stays queued until there is room.
+        retention.require_room(self.versions, self.arena.num_bytes, self.config.disk_limit_gb)
         parent = self.served.head()
         version = self.store.reserve("teach", parent, feedback=[item.id for item, _ in encoded])
         log.info("version %d: learning from %d examples", version, len(encoded))
         report: dict[str, Any] = {"examples": len(encoded), "config": asdict(self.config), "steps": []}
         try:
-            self._require_room()
             Transaction(self.served, parent, self.config, report).run([example for _, example in encoded])
             file = self.versions.write(version, self.served.views)
             report["update_norm_ratio"] = file.norm_ratio
@@ -92,12 +129,14 @@ class Learner:
             raise
         except RefusedError as error:
             self._undo(parent)
-            self.store.abandon(version, "refused", str(error), {**report, **error.figures})
+            self.store.abandon(version, "refused", str(error), report)
             log.warning("version %d refused: %s", version, error)
         except Exception as error:
-            # Anything that goes wrong in a job (a full disk, memory, our own bug) ends the job and not the service; the
+            # Anything that goes wrong in a job (memory, our own bug) ends the job and not the service; the
             # reason goes to whoever asked, the traceback to the log.
             self._undo(parent)
+            if disk.is_full(error):
+                raise  # the lesson is not at fault: it is taken up again when there is room
             reason = f"{type(error).__name__}: {error}"
             self.store.abandon(version, "refused", reason, report)
             log.exception("version %d failed", version)
@@ -106,21 +145,6 @@ class Learner:
             log.info("version %d committed", version)
             self._serve_as(version)
             self._tidy(version)
-
-    def _encode(self, item: Feedback) -> Example:
-        payload = item.payload
-        frozen = bool(payload.get("freeze_context", False))
-        if item.kind == "messages":
-            return encode_messages(
-                self.served.tokenizer, payload["messages"], max_length=self.served.context_length, freeze_context=frozen
-            )
-        return encode_continuation(
-            payload["context_ids"],
-            payload["continuation_ids"],
-            vocab_size=self.served.model.config.vocab_size,
-            max_length=self.served.context_length,
-            freeze_context=frozen,
-        )
 
     def _serve_as(self, version: int) -> None:
         """The bytes already are this version's: let every answer from now on say so."""
@@ -143,7 +167,7 @@ class Learner:
         """Serve the bytes of an older version again, as a new version."""
         parent = self.served.head()
         done = self.store.version(parent)
-        if request.status == "running" and done and done.target == request.target and done.created >= request.created:
+        if request.status == "running" and done and done.target == request.target and parent > request.after:
             # An earlier learner died between the commit and this note of it.
             self.store.update_rollback(request.id, "done", version=parent)
             return
@@ -173,11 +197,13 @@ class Learner:
         log.info("version %d: rolled back to version %d", version, request.target)
         self._tidy(version)
 
-    def _require_room(self) -> None:
+    def _has_room(self) -> bool:
+        """Whether another version fits, by what the disk says of itself and by taking it for a moment."""
         try:
             retention.require_room(self.versions, self.arena.num_bytes, self.config.disk_limit_gb)
-        except retention.NoRoomError as error:
-            raise RefusedError(str(error)) from error
+        except retention.NoRoomError:
+            return False
+        return disk.shortage(self.versions.directory, self.arena.num_bytes) is None
 
     def _tidy(self, head: int) -> None:
         """What keeps the disk from filling, and makes the next job and an undo quick; a job never fails for it. On a full
@@ -207,11 +233,10 @@ def run(state_dir: Path, config: TeachConfig, linger: float = 60.0) -> None:
         while time.monotonic() - last_seen < linger:
             try:
                 engine = EngineClient(state_dir / "run" / "engine.sock")
-            except OSError:
+            except (OSError, HeldError):  # nobody is there, or still cleans up after the learner before this one
                 time.sleep(0.2)
                 continue
             try:
-                _forget_the_dead(store)
                 Learner(engine, store, Path(str(store.get_meta("base"))), state_dir, config).work()
             except ConnectionError:
                 log.warning("the server is gone; waiting up to %.0f s for another", linger)
@@ -221,12 +246,12 @@ def run(state_dir: Path, config: TeachConfig, linger: float = 60.0) -> None:
     log.warning("no server for %.0f s; the learner ends", linger)
 
 
-def _forget_the_dead(store: Store) -> None:
-    """Versions that an earlier learner had begun when it died will never be committed; rollbacks are simply done again."""
+def _give_up_reserved(store: Store, reason: str, *, counted: bool) -> None:
+    """Versions that were begun and will never be committed; their lessons are queued again, rollbacks are simply done again."""
     for version in store.versions():
         if version.status == "reserved" and version.kind != "base":
-            store.abandon(version.id, "lost", "the process that trained it died", version.report)
-            log.warning("version %d is lost: the process that trained it died", version.id)
+            store.abandon(version.id, "lost", reason, version.report, counted=counted)
+            log.warning("version %d is lost: %s", version.id, reason)
 
 
 def main() -> None:

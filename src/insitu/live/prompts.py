@@ -1,7 +1,8 @@
 """Built-in prompts by which a teaching run is kept from changing what it was not asked to change.
 
 Anchors take part in training: the run is held to the replies that the model gave to them at the job's start. Canaries never
-do: they only judge. Both are ordinary short questions, because short questions are what a short lesson leaks into.
+do: they only judge, together with those that a user adds. Both are ordinary short questions, because short questions are what a
+short lesson leaks into.
 """
 
 ANCHORS = (
@@ -33,3 +34,8 @@ CANARIES = (
     "Write one sentence about autumn.",
     "What do you call a baby dog?",
 )
+
+
+def built_in() -> dict[str, str]:
+    """The canaries that ship, by the names under which they are listed and reported."""
+    return {f"builtin-{i}": prompt for i, prompt in enumerate(CANARIES, 1)}

@@ -77,18 +77,34 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """A request to serve the bytes of ``target`` again; ``version`` is the version that came of it."""
+    """A request to serve the bytes of ``target`` again, made when ``after`` was the head; ``version`` is what came of it."""
 
     id: int
     created: float
     target: int
+    after: int
     status: JobStatus
     version: int | None
     reason: str | None
 
     @classmethod
     def of(cls, r: sqlite3.Row) -> Self:
-        return cls(r["id"], r["created"], r["target"], r["status"], r["version"], r["reason"])
+        return cls(r["id"], r["created"], r["target"], r["after"], r["status"], r["version"], r["reason"])
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to ``subject``: a feedback id, ``version 3``, ``server``. ``detail`` says why, with figures."""
+
+    id: int
+    created: float
+    kind: str
+    subject: str
+    detail: dict[str, Any]
+
+    @classmethod
+    def of(cls, r: sqlite3.Row) -> Self:
+        return cls(r["id"], r["created"], r["kind"], r["subject"], json.loads(r["detail"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,5 +122,39 @@ class Completion:
         return cls(r["id"], r["key"], json.loads(r["messages"]), r["text"], r["weight_version"])
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A prompt that a user added to those by which updates are judged."""
+
+    id: int
+    created: float
+    prompt: str
+
+    @property
+    def name(self) -> str:
+        """How it is listed and reported; its prompt may be private."""
+        return f"canary-{self.id}"
+
+    @classmethod
+    def of(cls, r: sqlite3.Row) -> Self:
+        return cls(r["id"], r["created"], r["prompt"])
+
+
 class IdInUseError(ValueError):
     """A feedback id was used before with other content."""
+
+
+class QueueFullError(RuntimeError):
+    """So much is queued and held that nothing new is taken until some of it is done."""
+
+
+class WrongStatusError(ValueError):
+    """What was asked cannot be done to feedback in this status; the message says the status and the way out."""
+
+
+class NotQueuedError(RuntimeError):
+    """Feedback was held or withdrawn before the job that wanted it began."""
+
+
+class StateError(ValueError):
+    """The state directory, a file in it, or a key cannot be used; the message names it and the way out."""

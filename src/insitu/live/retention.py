@@ -5,6 +5,7 @@ is pruned. When the files that a complete checkpoint of the oldest kept version 
 checkpoint, it is written, and they go.
 """
 
+import errno
 import logging
 import shutil
 from collections.abc import Iterable
@@ -24,7 +25,14 @@ _RESERVE = 64 << 20  # bytes left to the store and to logs
 
 
 class NoRoomError(OSError):
-    """There is no room for another version; nothing was changed."""
+    """There is no room for another version; nothing was changed. ``errno`` says whether it is the disk's limit or ours."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(errno, message)
+        self._message = message
+
+    def __str__(self) -> str:
+        return self._message
 
 
 def usage(path: Path) -> int:
@@ -42,13 +50,15 @@ def require_room(versions: Versions, weight_bytes: int, limit_gb: float | None) 
     free = shutil.disk_usage(versions.directory).free
     if free < needed:
         raise NoRoomError(
+            errno.ENOSPC,
             f"the disk of {versions.directory} has {free / 1e9:.2f} GB free, a lesson may need {needed / 1e9:.2f} GB; make "
-            "room there, or keep fewer versions (--teach.keep-versions), and post again"
+            "room there, or keep fewer versions (--teach.keep-versions); learning goes on by itself",
         )
     if limit_gb is not None and (used := usage(versions.directory)) + needed - _RESERVE > limit_gb * 1e9:
         raise NoRoomError(
+            errno.EDQUOT,
             f"{versions.directory} takes {used / 1e9:.2f} GB, a lesson may need {(needed - _RESERVE) / 1e9:.2f} GB more, the "
-            f"limit is {limit_gb:g} GB; raise --teach.disk-limit-gb, or keep fewer versions, and post again"
+            f"limit is {limit_gb:g} GB; raise --teach.disk-limit-gb, or keep fewer versions",
         )
 
 

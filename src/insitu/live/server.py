@@ -17,17 +17,18 @@ from typing import IO, Any
 
 import torch
 
-from insitu.live import packaged, source
+from insitu.live import disk, packaged, source
 from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.config import ServeConfig
 from insitu.live.control import ControlServer
 from insitu.live.engines.embedded import EmbeddedEngine
+from insitu.live.events import note
 from insitu.live.keeper import LearnerKeeper
 from insitu.live.keys import load_keys
 from insitu.live.repair import repair
-from insitu.live.store import Store
+from insitu.live.state import open_store, state_directory
 from insitu.live.versions import Versions
-from insitu.live.weights import attach, handles
+from insitu.live.weights import attach
 from insitu.live.weights.arena import DTYPES, Arena, resident
 
 log = logging.getLogger("insitu.server")
@@ -43,16 +44,16 @@ class Server:
     def __init__(self, model: str, config: ServeConfig) -> None:
         self.config = config
         self.model_name = model if model == packaged.SMOLLM2 else Path(model).name
-        self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
+        self.state_dir = state_directory(config.state_dir)
         self._lock = lock(self.state_dir / "server.lock", self.state_dir)
         self.listener = bind(config.host, config.port)
+        self.keys = load_keys(self.state_dir)
+        self.store = open_store(self.state_dir)
         base = source.resolve(model, yes=config.yes)
         cores = len(os.sched_getaffinity(0))
         self._serve_threads = config.threads or max(1, cores // 2)
         self._learn_threads = max(1, cores - self._serve_threads)
         torch.set_num_threads(self._serve_threads)
-        self.keys = load_keys(self.state_dir)
-        self.store = Store(self.state_dir / "insitu.db")
         self.versions = Versions(self.state_dir, base, self.store)
         skeleton = attach.skeleton(base, DTYPES[config.dtype])
         self.arena = Arena.create(attach.layout(skeleton))
@@ -91,12 +92,15 @@ class Server:
 
     def _repair(self, paused: bool) -> None:
         """A learner's process has ended: undo what it did not commit, and let requests go on."""
+        found = self.arena.header
+        note(self.store, "learner.died", "learner", found=found.label, paused=paused)
         try:
             head = self.store.head()
             assert head is not None
 
             def restore() -> None:
                 self.versions.restore(head, self.arena, self._aliases)
+                note(self.store, "repair.done", f"version {head}", found=found.label, torn=bool(found.writer))
 
             repair(self.engine, self.arena.header, head, restore, paused)
         except Exception as error:  # nobody may be answered from weights of which nothing is known
@@ -110,8 +114,12 @@ class Server:
         import uvicorn
 
         from insitu.live.api.app import create_app
+        from insitu.live.api.limits import Limits
         from insitu.live.api.service import LocalService
 
+        note(
+            self.store, "server.started", "server", pid=os.getpid(), engine="embedded", version=self.arena.header.label
+        )
         self.engine.start()
         self.control.start()
         self._keeper.start()
@@ -122,6 +130,7 @@ class Server:
             self.keys,
             live_status=self.live_status,
             allowed_hosts=[self.config.host, *self.config.allowed_hosts],
+            limits=Limits(self.config.max_queue, self.config.feedback_per_minute),
         )
         self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         announce = threading.Thread(target=self._announce, args=(ready,), daemon=True)
@@ -149,6 +158,7 @@ class Server:
         self.control.close()
         self._keeper.close()
         self.engine.close()
+        note(self.store, "server.stopped", "server", pid=os.getpid(), reason=self.failure or "it was told to")
         self.store.close()
         self._lock.close()
 
@@ -159,8 +169,15 @@ class Server:
                 return
         facts = {"url": self.url, "pid": os.getpid(), "model": self.engine.info.model_name}
         partial = self.state_dir / "server.json.partial"
-        partial.write_text(json.dumps(facts))
-        partial.replace(self.state_dir / "server.json")
+        while True:
+            try:
+                partial.write_text(json.dumps(facts))
+                partial.replace(self.state_dir / "server.json")
+                break
+            except OSError as error:  # it serves all the same; only our own command line cannot find it yet
+                log.error("%s cannot be written: %s; trying again", self.state_dir / "server.json", error)
+                if self._stopping.wait(1.0):
+                    return
         if ready is not None:
             ready.set()
 
@@ -173,7 +190,7 @@ class Server:
             "weight_version": header.label,
             "paused": self.control.paused,
             "trial": bool(header.step or header.writer),
-            "learner": {"state": state, "pid": pid},
+            "learner": {"state": state, "pid": pid, "problem": self.control.problem or disk.shortage(self.state_dir)},
             "arena": {"bytes": self.arena.num_bytes, "pid": os.getpid(), **resident()},
         }
 

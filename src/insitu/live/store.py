@@ -5,29 +5,26 @@ the queue, so whatever was accepted survives the death of either process. Ids of
 is trained under them and are never used twice (AUTOINCREMENT).
 """
 
-import hashlib
 import json
 import sqlite3
-import threading
 import time
-import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from insitu.live.database import open_database, transaction
+from insitu.live import intake
+from insitu.live.database import damaged, is_damage
+from insitu.live.events import Events, figures, record
+from insitu.live.intake import Intake
 from insitu.live.records import (
-    Completion,
-    Feedback,
-    FeedbackKind,
-    IdInUseError,
+    Canary,
+    FeedbackStatus,
     JobStatus,
     Rollback,
     Version,
     VersionFile,
     VersionKind,
+    VersionStatus,
 )
 
 # The versions whose lessons are in version ?: its ancestors, but a rollback continues the line of its target.
@@ -39,29 +36,34 @@ WITH RECURSIVE line(id) AS (
     FROM versions JOIN line ON versions.id = line.id
     WHERE before IS NOT NULL  -- else NOT IN is never true
 )
+SELECT id FROM line
 """
 
 
-class Store:
+class Store(Intake, Events):
     """The store of one state directory. Safe to share between threads; several processes may open the same file."""
 
-    def __init__(self, path: Path) -> None:
-        self._lock = threading.RLock()
-        self._db = open_database(path)
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One durable all-or-nothing change, exclusive among threads and processes."""
-        with self._lock, transaction(self._db) as db:
-            yield db
-
-    def _rows(self, sql: str, *args: Any) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._db.execute(sql, args).fetchall()
+    def check(self) -> None:
+        """Read all of it and compare what can be compared; StateError for a damaged file. For the start of a server: SQLite
+        itself notices damage only on the pages that it comes by."""
+        try:
+            found = [str(r[0]) for r in self._rows("PRAGMA integrity_check(3)")]
+            if found != ["ok"]:
+                raise damaged(self._path, "; ".join(found))
+            for name, known in (("versions", get_args(VersionStatus)), ("feedback", get_args(FeedbackStatus))):
+                for row in self._rows(f"SELECT id, status FROM {name}"):  # noqa: S608
+                    if row["status"] not in known:
+                        raise damaged(self._path, f"{name} {row['id']!r} has the status {row['status']!r}")
+            self.versions()
+            for row in self._rows("SELECT id, kind, payload, digest FROM feedback WHERE status IN ('queued', 'held')"):
+                if intake.digest_of(row["kind"], row["payload"]) != row["digest"]:
+                    raise damaged(self._path, f"feedback {row['id']!r} is not what was posted")
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            raise damaged(self._path, str(error)) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise damaged(self._path, f"a row of it cannot be read: {error}") from error
 
     # -- meta ----------------------------------------------------------------------------------------------------------
     def get_meta(self, name: str) -> str | None:
@@ -69,77 +71,19 @@ class Store:
         return str(rows[0]["value"]) if rows else None
 
     def set_meta(self, name: str, value: str) -> None:
+        if self.get_meta(name) == value:
+            return  # a server must come up on a full disk
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
-
-    # -- feedback ------------------------------------------------------------------------------------------------------
-    def add_feedback(self, kind: FeedbackKind, payload: dict[str, Any], id: str | None = None) -> tuple[Feedback, bool]:
-        """Queue something to learn. Returns it and whether it is new.
-
-        Clients repeat a POST whose answer was lost, so a known id returns what it named (:class:`IdInUseError` if the content
-        differs), and without an id the same content returns the item that is queued, in training or applied. Content that was
-        refused or rolled back may be taught again.
-        """
-        text = json.dumps(payload, sort_keys=True, ensure_ascii=False)
-        digest = hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()
-        with self._transaction() as db:
-            if id is not None:
-                row = db.execute("SELECT * FROM feedback WHERE id = ?", (id,)).fetchone()
-                if row is not None and row["digest"] != digest:
-                    raise IdInUseError(f"feedback id {id!r} was used before with other content; choose another id")
-            else:
-                row = db.execute(
-                    "SELECT * FROM feedback WHERE digest = ? AND status IN ('queued', 'training', 'applied')", (digest,)
-                ).fetchone()
-            if row is not None:
-                return Feedback.of(row), False
-            name = id if id is not None else f"fb-{uuid.uuid4().hex[:24]}"
-            db.execute(
-                "INSERT INTO feedback (id, seq, created, kind, payload, digest, status) VALUES "
-                "(?, (SELECT COALESCE(MAX(seq), 0) + 1 FROM feedback), ?, ?, ?, ?, 'queued')",
-                (name, time.time(), kind, text, digest),
-            )
-            return Feedback.of(db.execute("SELECT * FROM feedback WHERE id = ?", (name,)).fetchone()), True
-
-    def feedback(self, id: str) -> Feedback | None:
-        rows = self._rows("SELECT * FROM feedback WHERE id = ?", id)
-        return Feedback.of(rows[0]) if rows else None
-
-    def feedback_of(self, version: int) -> list[Feedback]:
-        return [Feedback.of(r) for r in self._rows("SELECT * FROM feedback WHERE version = ? ORDER BY seq", version)]
-
-    def queued(self, limit: int) -> list[Feedback]:
-        rows = self._rows("SELECT * FROM feedback WHERE status = 'queued' ORDER BY seq LIMIT ?", limit)
-        return [Feedback.of(r) for r in rows]
-
-    def counts(self) -> dict[str, int]:
-        """Number of feedback items by status."""
-        return {r["status"]: r["n"] for r in self._rows("SELECT status, COUNT(*) AS n FROM feedback GROUP BY status")}
-
-    def refuse(self, id: str, reason: str) -> None:
-        with self._transaction() as db:
-            db.execute("UPDATE feedback SET status = 'refused', reason = ? WHERE id = ?", (reason, id))
-
-    # -- completions ---------------------------------------------------------------------------------------------------
-    def add_completion(self, completion: Completion, keep: int = 10_000) -> None:
-        """Remember an answer so that a correction can name it; the oldest beyond ``keep`` are dropped."""
-        with self._transaction() as db:
-            messages = json.dumps(completion.messages, ensure_ascii=False)
-            db.execute(
-                "INSERT INTO completions VALUES (?, ?, ?, ?, ?, ?)",
-                (completion.id, time.time(), completion.key, messages, completion.text, completion.weight_version),
-            )
-            db.execute("DELETE FROM completions WHERE rowid <= (SELECT MAX(rowid) FROM completions) - ?", (keep,))
-
-    def completion(self, id: str) -> Completion | None:
-        rows = self._rows("SELECT * FROM completions WHERE id = ?", id)
-        return Completion.of(rows[0]) if rows else None
 
     # -- versions ------------------------------------------------------------------------------------------------------
     def reserve(
         self, kind: VersionKind, parent: int | None, target: int | None = None, feedback: list[str] | None = None
     ) -> int:
-        """Make a version id durable before any weight changes, and mark the feedback it takes up as in training."""
+        """Make a version id durable before any weight changes, and mark the feedback it takes up as in training.
+
+        NotQueuedError, and nothing is reserved, if some of it was held or withdrawn meanwhile.
+        """
         with self._transaction() as db:
             if kind == "base":
                 # The served checkpoint is version 0; a first start that died may have reserved it already.
@@ -149,13 +93,9 @@ class Store:
                 (0 if kind == "base" else None, kind, parent, target, time.time()),
             )
             id = 0 if kind == "base" else int(cursor.lastrowid or 0)
-            for item in feedback or []:
-                taken = db.execute(
-                    "UPDATE feedback SET status = 'training', version = ?, attempts = attempts + 1 "
-                    "WHERE id = ? AND status = 'queued'",
-                    (id, item),
-                )
-                assert taken.rowcount == 1, f"feedback {item} is not queued"
+            intake.take_up(db, id, feedback or [])
+            detail = {"kind": kind, "parent": parent, "target": target, "feedback": feedback}
+            record(db, "version.reserved", [f"version {id}"], {k: v for k, v in detail.items() if v is not None})
             return id
 
     def commit(self, id: int, sha256: str, report: dict[str, Any], file: VersionFile | None = None) -> None:
@@ -167,41 +107,34 @@ class Store:
                 (sha256, json.dumps(report), None if file is None else json.dumps(asdict(file)), id),
             )
             assert done.rowcount == 1, f"version {id} is not reserved"
-            # Of everything that was ever learned, what is in the line of the new head is applied, the rest is rolled back.
-            db.execute(
-                f"{_LINE} UPDATE feedback SET status = 'applied', reason = NULL "  # noqa: S608
-                "WHERE version IN line AND status IN ('training', 'applied', 'rolled_back')",
-                (id,),
-            )
-            db.execute(
-                f"{_LINE} UPDATE feedback SET status = 'rolled_back', reason = 'version ' || ? || ' took it back' "  # noqa: S608
-                "WHERE version NOT IN line AND status = 'applied'",
-                (id, id),
-            )
+            row = db.execute("SELECT * FROM versions WHERE id = ?", (id,)).fetchone()
+            record(db, "version.committed", [f"version {id}"], {"kind": row["kind"], **figures(report)})
+            if row["kind"] == "rollback":
+                _tell_of_rollback(db, row)
+            intake.follow_line(db, id, _LINE)
 
-    def abandon(self, id: int, status: Literal["refused", "lost"], reason: str, report: dict[str, Any]) -> None:
-        """The version will never be committed. Its feedback is refused with the reason; a lost one's is queued again."""
+    def abandon(
+        self,
+        id: int,
+        status: Literal["refused", "lost"],
+        reason: str,
+        report: dict[str, Any],
+        *,
+        counted: bool = True,
+    ) -> None:
+        """The version will never be committed. Its feedback is refused with the reason; a lost one's is queued again, three
+        times at most if it is ``counted``."""
         with self._transaction() as db:
             ended = db.execute(
                 "UPDATE versions SET status = ?, report = ? WHERE id = ? AND status = 'reserved'",
                 (status, json.dumps({**report, "reason": reason}), id),
             )
             assert ended.rowcount == 1, f"version {id} is not reserved"
+            record(db, f"version.{status}", [f"version {id}"], {"reason": reason, **figures(report)})
             if status == "refused":
-                db.execute(
-                    "UPDATE feedback SET status = 'refused', reason = ? WHERE version = ? AND status = 'training'",
-                    (reason, id),
-                )
-            else:  # the learner died; what killed it three times is not tried a fourth time
-                db.execute(
-                    "UPDATE feedback SET status = 'refused', reason = ? "
-                    "WHERE version = ? AND status = 'training' AND attempts >= 3",
-                    ("the learner died three times while training this", id),
-                )
-                db.execute(
-                    "UPDATE feedback SET status = 'queued', version = NULL WHERE version = ? AND status = 'training'",
-                    (id,),
-                )
+                intake.refuse_all(db, id, reason)
+            else:
+                intake.queue_again(db, id, counted=counted)
 
     def pin(self, id: int, pinned: bool = True) -> None:
         """Never prune this version, or let it be pruned again. Raises ValueError for one whose bytes are not there."""
@@ -249,7 +182,9 @@ class Store:
             if row is not None:
                 return Rollback.of(row)
             cursor = db.execute(
-                "INSERT INTO rollbacks (created, target, status) VALUES (?, ?, 'queued')", (time.time(), target)
+                "INSERT INTO rollbacks (created, target, after, status) VALUES "
+                "(?, ?, (SELECT COALESCE(MAX(id), -1) FROM versions WHERE status = 'committed'), 'queued')",
+                (time.time(), target),
             )
             return Rollback.of(db.execute("SELECT * FROM rollbacks WHERE id = ?", (cursor.lastrowid,)).fetchone())
 
@@ -272,3 +207,38 @@ class Store:
     def change_counter(self) -> int:
         """Grows whenever another process has committed a change; cheap enough to ask ten times a second."""
         return int(self._rows("PRAGMA data_version")[0][0])
+
+    # -- canaries ------------------------------------------------------------------------------------------------------
+    def add_canary(self, prompt: str) -> tuple[Canary, bool]:
+        """Judge updates by this prompt too. Returns it and whether it is new: a client may repeat a POST."""
+        with self._transaction() as db:
+            added = db.execute(
+                "INSERT INTO canaries (created, prompt) VALUES (?, ?) ON CONFLICT (prompt) DO NOTHING",
+                (time.time(), prompt),
+            )
+            row = db.execute("SELECT * FROM canaries WHERE prompt = ?", (prompt,)).fetchone()
+            return Canary.of(row), added.rowcount == 1
+
+    def canaries(self) -> list[Canary]:
+        return [Canary.of(r) for r in self._rows("SELECT * FROM canaries ORDER BY id")]
+
+    def remove_canary(self, id: int) -> bool:
+        """Whether there was one of this id."""
+        with self._transaction() as db:
+            return db.execute("DELETE FROM canaries WHERE id = ?", (id,)).rowcount == 1
+
+    # -- replay --------------------------------------------------------------------------------------------------------
+    def applied_ids(self) -> list[str]:
+        """The feedback whose lessons are in the served weights (commit() keeps the marks), in order of arrival."""
+        return [r["id"] for r in self._rows("SELECT id FROM feedback WHERE status = 'applied' ORDER BY seq")]
+
+
+def _tell_of_rollback(db: sqlite3.Connection, rollback: sqlite3.Row) -> None:
+    """Which jobs are no longer in what is served, and which are again."""
+    before, now = ({r["id"] for r in db.execute(_LINE, (id,))} for id in (rollback["parent"], rollback["id"]))
+    jobs = {r["id"] for r in db.execute("SELECT id FROM versions WHERE kind = 'teach'")}
+    for kind, found in (("rolled_back", before - now), ("restored", now - before)):
+        names = [f"version {id}" for id in sorted(found & jobs)]
+        record(
+            db, f"version.{kind}", names, {"reason": f"version {rollback['id']} repeats version {rollback['target']}"}
+        )

@@ -4,16 +4,18 @@ Every step has two halves, so that serving stops only for the second: :meth:`Tea
 and only reads the weights; :meth:`TeachingRun.write` changes them in place. The loss of a step is
 
     L = mean NLL of the examples' targets + anchor_weight * mean KL(model at the job's start || model) on the anchors
+                                          + anchor_weight * the same on the replayed examples, if there are any
 
 and the run is done when the first term is below ``target_loss`` (:class:`insitu.live.config.TeachConfig`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from insitu.data.batch import collate
 from insitu.data.chat import Example
@@ -28,15 +30,16 @@ _MICRO_BATCH_TOKENS = 4096  # and tokens, padding counted, unless a single examp
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What forward and backward found. ``loss`` in nats per target token, ``anchor_kl`` likewise, ``grad_norm`` over all."""
+    """What forward and backward found. ``loss`` in nats per target token, the KL terms likewise, ``grad_norm`` over all."""
 
     loss: float
     anchor_kl: float
     grad_norm: float
+    replay_kl: float = 0.0
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.anchor_kl) and math.isfinite(self.grad_norm)
+        return all(map(math.isfinite, (self.loss, self.anchor_kl, self.grad_norm, self.replay_kl)))
 
 
 class TeachingRun:
@@ -49,6 +52,7 @@ class TeachingRun:
         anchors: Sequence[Example],
         config: TeachConfig,
         pad_token_id: int,
+        replays: Sequence[Example] = (),
     ) -> None:
         self.model = model
         self.config = config
@@ -63,13 +67,8 @@ class TeachingRun:
             for part in _split([e for e in examples if e.freeze_context is group])
         ]
         # Before the first step: what the model said then is what it is held to.
-        self._anchors = [
-            (batch, reference_logprobs(model, batch))
-            for batch in (
-                collate(part, pad_token_id, device=model.device) for part in _chunks(anchors, config.anchors_per_step)
-            )
-            if config.anchor_weight
-        ]
+        self._anchors = self._held(_chunks(anchors, config.anchors_per_step), pad_token_id)
+        self._replays = self._held(_split(replays), pad_token_id)
         self._optimizer = make_optimizer(model, config)
         self._step = 0
         self._second_half: Callable[[], None] = _nothing
@@ -83,20 +82,31 @@ class TeachingRun:
             part = example_loss(self.model, batch, freeze_context) * share
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
-        anchor_kl = 0.0
-        if self._anchors:
-            batch, reference = self._anchors[self._step % len(self._anchors)]
-            divergence = kl_to_reference(self.model, batch, reference)
-            (self.config.anchor_weight * divergence).backward()  # type: ignore[no-untyped-call]
-            anchor_kl = divergence.item()
+        anchor_kl, replay_kl = self._hold(self._anchors), self._hold(self._replays)
         self._step += 1
         share = min(1.0, self._step / (self.config.warmup_steps + 1))
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * share
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        prepared = Prepared(loss, anchor_kl, float(torch.nn.utils.get_total_norm(gradients)))
+        prepared = Prepared(loss, anchor_kl, float(torch.nn.utils.get_total_norm(gradients)), replay_kl)
         self._second_half = self._optimizer.prepare() if prepared.finite else _nothing
         return prepared
+
+    def _held(self, parts: Iterable[Sequence[Example]], pad_token_id: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Each part as a batch, and what the model says of its targets now."""
+        if not self.config.anchor_weight:
+            return []
+        batches = [collate(part, pad_token_id, device=self.model.device) for part in parts]
+        return [(batch, reference_logprobs(self.model, batch)) for batch in batches]
+
+    def _hold(self, held: Sequence[tuple[dict[str, Tensor], Tensor]]) -> float:
+        """Add the gradient that draws the model back to what it said of one of the parts, in turns; the KL before that."""
+        if not held:
+            return 0.0
+        batch, reference = held[self._step % len(held)]
+        divergence = kl_to_reference(self.model, batch, reference)
+        (self.config.anchor_weight * divergence).backward()  # type: ignore[no-untyped-call]
+        return divergence.item()
 
     def write(self) -> None:
         """Change the weights in place, as :meth:`prepare` has worked it out."""
@@ -111,7 +121,7 @@ class TeachingRun:
             value.numel() * value.element_size()
             for state in self._optimizer.state.values()
             for value in state.values()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, Tensor)
         )
 
     def close(self) -> None:

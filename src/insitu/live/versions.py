@@ -5,9 +5,9 @@ Version 0 is the checkpoint that was served first. A lesson's version is the exa
 Whoever wants weights, at start-up, for undo or for export, goes through :meth:`Versions.iter_version`, so a restarted
 server never serves the base by accident.
 
-A version is rebuilt from the nearest one that is there in full: the base, a checkpoint that compaction wrote, or the *undo
-image*, a copy of the last committed version. Differences can be applied in both directions, so the way may lead back as
-well as forward (:mod:`insitu.live.routes`).
+A version is rebuilt from the nearest one that is there in full: the base, a checkpoint that compaction wrote, or an *undo
+image*, a copy of the last committed version or of the one before. Differences can be applied in both directions, so the way
+may lead back as well as forward (:mod:`insitu.live.routes`).
 """
 
 import logging
@@ -217,7 +217,8 @@ class Versions:
         return written
 
     def keep_image(self, version: int, views: Mapping[str, torch.Tensor]) -> None:
-        """Let the undo image be this version, whose bytes ``views`` are. The base is its own image.
+        """Let there be an undo image of this version, whose bytes ``views`` are, and keep that of the version before, so that
+        one step back is a copy. The base is its own image.
 
         It is a cache: not synced, and checked whenever it is used. Raises OSError when there is no room; an older image then
         still serves.
@@ -232,8 +233,12 @@ class Versions:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
+        recorded = self.store.version(version)
+        assert recorded is not None
+        history = self.history()
+        before = history.content(recorded.parent) if recorded.parent in history.left() else None
         for other in self.directory.glob(_IMAGE.format("*")):
-            if other != image:
+            if other not in (image, self.directory / _IMAGE.format(before)):
                 other.unlink(missing_ok=True)
 
     def discard_uncommitted(self) -> list[Path]:

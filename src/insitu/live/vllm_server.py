@@ -22,10 +22,13 @@ from pathlib import Path
 import httpx2
 
 from insitu.live import packaged, source
-from insitu.live.config import ServeConfig
-from insitu.live.keeper import LearnerKeeper
+from insitu.live.config import FEEDBACK_PER_MINUTE, MAX_QUEUE, ServeConfig
+from insitu.live.control import holder
+from insitu.live.events import note
+from insitu.live.keeper import LearnerKeeper, held
 from insitu.live.keys import Keys, load_keys
 from insitu.live.server import StartError, bind, lock
+from insitu.live.state import open_store, state_directory
 from insitu.live.weights import handles
 
 log = logging.getLogger("insitu.server")
@@ -45,13 +48,14 @@ class VLLMServer:
             )
         self.config = config
         self.model_name = model if model == packaged.SMOLLM2 else Path(model).name
-        self.state_dir = handles.private_directory(config.state_dir.expanduser().resolve())
+        self.state_dir = state_directory(config.state_dir)
         self._lock = lock(self.state_dir / "server.lock", self.state_dir)
         with bind(config.host, config.port) as listener:  # a port in use is told at once; vLLM binds it again
             self.port = listener.getsockname()[1]
         _refuse_ranks(config.vllm_args)
-        self.base = source.resolve(model, yes=config.yes)
         self.keys = load_keys(self.state_dir)
+        self.store = open_store(self.state_dir)  # a damaged one is told before vLLM is started
+        self.base = source.resolve(model, yes=config.yes)
         cores = sorted(os.sched_getaffinity(0))
         serving = cores[: config.threads or max(1, len(cores) // 2)]
         learning = [core for core in cores if core not in serving] or cores
@@ -84,6 +88,7 @@ class VLLMServer:
                 (self.state_dir / "server.json").unlink(missing_ok=True)
                 code, why = self._vllm.wait(), self._last_words()
                 self._end()  # whatever is left of its process group
+                note(self.store, "server.stopped", "server", reason=f"vLLM ended with exit code {code}")
                 if not was_ready:
                     raise StartError(f"vLLM did not start (exit code {code}): {why}; its log is {self._log}")
                 delay = 1.0 if time.monotonic() - started > 120 else min(60.0, delay * 2)
@@ -98,7 +103,11 @@ class VLLMServer:
     def close(self) -> None:
         (self.state_dir / "server.json").unlink(missing_ok=True)
         self._keeper.close()
+        told = self._vllm is not None and self._vllm.poll() is None
         self._end()
+        if told:
+            note(self.store, "server.stopped", "server", reason="it was told to")
+        self.store.close()
         self._lock.close()
 
     @property
@@ -125,6 +134,8 @@ class VLLMServer:
             **os.environ,
             "VLLM_PLUGINS": f"{plugins},insitu" if plugins else "insitu",
             "INSITU_STATE": str(self.state_dir),
+            MAX_QUEUE: str(self.config.max_queue),
+            FEEDBACK_PER_MINUTE: str(self.config.feedback_per_minute),
             PARENT: str(os.getpid()),
         }
         with self._log.open("wb") as output:
@@ -217,11 +228,16 @@ def keep_learner(control: Path, config: ServeConfig) -> None:
     if control.name != "engine.sock" or not control.is_socket():
         raise StartError(f"{control} is not the control socket of an insitu server (STATE/run/engine.sock)")
     state_dir = handles.private_directory(control.resolve().parent.parent)
+    until = time.monotonic() + _END_SECONDS
     try:
-        # Not the control socket itself: who connects there is taken for a learner, and ended once it has hung up.
-        handles.connect(control.with_name("weights.sock")).close()
+        # One that has ended keeps the lease until what it left behind is undone.
+        while (other := holder(control)) and not Path(f"/proc/{other}").exists() and time.monotonic() < until:
+            time.sleep(0.1)
     except OSError as error:
         raise StartError(f"nobody listens on {control}: {error.strerror or error}; start the server first") from error
+    if other is not None or held(state_dir / "learner.lock"):
+        who = "a learner" if other is None else f"process {other}"
+        raise StartError(f"{who} already trains these weights; only one learner may: end it first")
     keeper = LearnerKeeper(state_dir, config.teach, config.threads or max(1, len(os.sched_getaffinity(0)) // 2))
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -8,10 +8,12 @@ from fastapi import FastAPI
 
 from insitu.live.api import errors
 from insitu.live.api.auth import MAX_BODY, Guard
+from insitu.live.api.canaries import canaries_router
 from insitu.live.api.chat import chat_router
 from insitu.live.api.completions import completions_router
 from insitu.live.api.detokenize import Detokenizer
 from insitu.live.api.feedback import feedback_router
+from insitu.live.api.limits import Limits
 from insitu.live.api.live import live_router
 from insitu.live.api.models import models_router
 from insitu.live.api.service import LiveService
@@ -29,6 +31,7 @@ def create_app(
     live_status: Callable[[], Mapping[str, Any]] = dict,
     allowed_hosts: Iterable[str] = (),
     max_body: int = MAX_BODY,
+    limits: Limits | None = None,
 ) -> FastAPI:
     """Build the application over a started engine.
 
@@ -41,8 +44,9 @@ def create_app(
             may set ``learner`` and ``state``.
         allowed_hosts: Host names, beside the loopback ones, under which clients reach this server.
         max_body: bytes of a request body; more is a 413.
+        limits: how much feedback is taken.
     """
-    serving = Serving(engine, service, tokenizer, Detokenizer(tokenizer), keys, int(time.time()))
+    serving = Serving(engine, service, tokenizer, Detokenizer(tokenizer), keys, int(time.time()), limits or Limits())
     # No documentation pages: they load scripts from elsewhere. openapi.json is there, behind the key.
     app = FastAPI(title="insitu", docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
@@ -52,4 +56,5 @@ def create_app(
     app.include_router(completions_router(serving))
     app.include_router(feedback_router(serving))
     app.include_router(live_router(serving, live_status))
+    app.include_router(canaries_router(serving))
     return app

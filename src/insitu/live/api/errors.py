@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from insitu.data.messages import DataError
+from insitu.live import disk
 from insitu.live.engines.base import EngineError, RequestTooLongError
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class ApiError(Exception):
             self.headers["x-should-retry"] = "false"
 
     def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 403: "permission_error"}
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -85,6 +86,11 @@ def translate(exc: Exception) -> ApiError:
             return ApiError(400, str(exc), param="max_tokens", code="context_length_exceeded")
         case EngineError():
             return ApiError(503, str(exc), code="engine_error")
+        case sqlite3.Error() if disk.is_full(exc):
+            _LOG.error("the disk is full", exc_info=exc)
+            return ApiError(
+                507, "no room on the server's disk: nothing was stored; free some and ask again", code="disk_full"
+            )
         case sqlite3.Error():
             _LOG.error("the store failed", exc_info=exc)
             return ApiError(

@@ -1,8 +1,9 @@
 """``/v1/feedback``: what the model is to learn. Checked in full when it is posted, so that nothing fails later in the queue."""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
@@ -10,31 +11,65 @@ from insitu.data.chat import encode_continuation, encode_messages
 from insitu.data.messages import DataError, check_messages
 from insitu.live.api.auth import Caller, learn_key
 from insitu.live.api.errors import ApiError
-from insitu.live.api.schema import Correction, FeedbackRequest, as_text
+from insitu.live.api.schema import Correction, FeedbackRequest, Nothing, as_list, as_text
 from insitu.live.api.serving import Serving
-from insitu.live.records import Feedback, FeedbackKind, IdInUseError
+from insitu.live.records import Feedback, FeedbackKind, FeedbackStatus, IdInUseError, QueueFullError, WrongStatusError
 
 
 def feedback_router(serving: Serving) -> APIRouter:
     router = APIRouter()
+    service = serving.service
     caller_of = learn_key(serving.keys)
+    may_learn = [Depends(caller_of)]
 
     @router.post("/v1/feedback", status_code=202)
     async def create_feedback(body: FeedbackRequest, caller: Annotated[Caller, Depends(caller_of)]) -> Response:
-        """202 when it was queued, 200 when it was known already: a client may repeat a post whose answer was lost."""
+        """202 when it was queued or held, 200 when it was known already: a client may repeat a post whose answer was lost."""
+        serving.limits.admit()
         kind, payload = await _payload(serving, body, caller)
         try:
-            item, is_new = await serving.service.add_feedback(kind, payload, body.id)
+            item, is_new = await service.add_feedback(
+                kind, payload, body.id, hold=bool(body.hold), max_queue=serving.limits.max_queue
+            )
         except IdInUseError as error:
             raise ApiError(409, str(error), param="id", code="id_in_use") from error
+        except QueueFullError as error:
+            raise serving.limits.full(error) from error
         return JSONResponse(describe(item), 202 if is_new else 200)
 
-    @router.get("/v1/feedback/{id}", dependencies=[Depends(caller_of)])
-    async def retrieve_feedback(id: str) -> dict[str, Any]:
-        item = await serving.service.feedback(id)
-        if item is None:
-            raise ApiError(404, f"there is no feedback {id!r}", param="id", code="not_found")
-        return describe(item)
+    @router.get("/v1/feedback", dependencies=may_learn)
+    async def list_feedback(
+        status: FeedbackStatus | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    ) -> dict[str, Any]:
+        """In order of arrival."""
+        if after is not None:
+            _known(after, await service.feedback(after), param="after")
+        found = await service.list_feedback(status, limit + 1, after)
+        return as_list([describe(item) for item in found[:limit]], len(found) > limit)
+
+    @router.get("/v1/feedback/{id}", dependencies=may_learn)
+    async def retrieve_feedback(
+        id: str, content: Annotated[bool, Query(description="Also what is to be learned.")] = False
+    ) -> dict[str, Any]:
+        item = _known(id, await service.feedback(id))
+        return {**describe(item), "content": item.payload} if content else describe(item)
+
+    @router.post("/v1/feedback/{id}/hold", dependencies=may_learn)
+    async def hold_feedback(id: str, body: Nothing | None = None) -> dict[str, Any]:
+        """No job takes it up until it is released."""
+        return await _moved(id, service.hold)
+
+    @router.post("/v1/feedback/{id}/release", dependencies=may_learn)
+    async def release_feedback(id: str, body: Nothing | None = None) -> dict[str, Any]:
+        """Back to its old place in the queue."""
+        return await _moved(id, service.release)
+
+    @router.delete("/v1/feedback/{id}", dependencies=may_learn)
+    async def withdraw_feedback(id: str) -> dict[str, Any]:
+        """It is never learned, and stays listed as withdrawn."""
+        return await _moved(id, service.withdraw)
 
     return router
 
@@ -50,6 +85,19 @@ def describe(item: Feedback) -> dict[str, Any]:
         "reason": item.reason,
         "weight_version": None if item.version is None else str(item.version),
     }
+
+
+def _known(id: str, item: Feedback | None, *, param: str = "id") -> Feedback:
+    if item is None:
+        raise ApiError(404, f"there is no feedback {id!r}", param=param, code="not_found")
+    return item
+
+
+async def _moved(id: str, move: Callable[[str], Awaitable[Feedback | None]]) -> dict[str, Any]:
+    try:
+        return describe(_known(id, await move(id)))
+    except WrongStatusError as error:
+        raise ApiError(409, str(error), param="id", code="wrong_status") from error
 
 
 async def _payload(serving: Serving, body: FeedbackRequest, caller: Caller) -> tuple[FeedbackKind, dict[str, Any]]:

@@ -164,7 +164,18 @@ class FeedbackRequest(_Body):
     context_ids: Ids | None = None
     continuation_ids: Ids | None = None
     freeze_context: bool | None = None
+    hold: bool | None = None
 
 
-class RollbackRequest(_Body):
-    """Nothing to say: the version is in the path."""
+class Nothing(_Body):
+    """Nothing to say: it is in the path."""
+
+
+def as_list(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """OpenAI's shape of a page: the next one is asked for with ``after=last_id``."""
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+
+
+class CanaryRequest(_Body):
+    prompt: Text

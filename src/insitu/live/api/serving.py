@@ -11,6 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from insitu.live.api.detokenize import Detokenizer
 from insitu.live.api.errors import ApiError
 from insitu.live.api.generation import Answer
+from insitu.live.api.limits import Limits
 from insitu.live.api.service import LiveService
 from insitu.live.engines.base import Engine, SamplingParams, Token
 from insitu.live.keys import Keys
@@ -33,6 +34,7 @@ class Serving:
     detokenizer: Detokenizer
     keys: Keys
     created: int
+    limits: Limits = field(default_factory=Limits)
     # Threads of their own: requests that wait for these two must not use up the threads that the store needs.
     _encoding: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
     _scoring: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))

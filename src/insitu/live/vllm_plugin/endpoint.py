@@ -13,10 +13,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from insitu.live import disk
 from insitu.live.api import errors
 from insitu.live.api.auth import Guard
+from insitu.live.api.canaries import canaries_router
 from insitu.live.api.detokenize import Detokenizer
 from insitu.live.api.feedback import feedback_router
+from insitu.live.api.limits import limits_of_environment
 from insitu.live.api.live import live_router
 from insitu.live.api.service import LocalService
 from insitu.live.api.serving import Serving
@@ -24,8 +27,10 @@ from insitu.live.config import default_state_dir
 from insitu.live.control import ControlServer
 from insitu.live.engines.base import EngineInfo
 from insitu.live.engines.vllm import VLLMEngine
+from insitu.live.events import note
 from insitu.live.keys import load_keys
 from insitu.live.repair import repair
+from insitu.live.state import state_directory
 from insitu.live.store import Store
 from insitu.live.vllm_plugin import LOAD_FORMAT
 from insitu.live.vllm_plugin.answers import Answers, note_spans
@@ -33,7 +38,6 @@ from insitu.live.vllm_plugin.gate import Gate
 from insitu.live.vllm_plugin.refusals import RefusedError
 from insitu.live.vllm_plugin.worker import WeightClient
 from insitu.live.vllm_server import PARENT
-from insitu.live.weights import handles
 from insitu.live.weights.arena import resident
 
 log = logging.getLogger("insitu.vllm")
@@ -58,7 +62,7 @@ class Endpoint:
             raise RefusedError(
                 "--load-format insitu and --api-server-count do not go together: one process talks to the learner"
             )
-        self.state_dir = handles.private_directory(default_state_dir().expanduser().resolve())
+        self.state_dir = state_directory(default_state_dir())
         self.weights = WeightClient(self.state_dir / "run")  # the engine is up: vLLM builds the application after it
         self.store = Store(self.state_dir / "insitu.db")
         keys = load_keys(self.state_dir)
@@ -72,10 +76,12 @@ class Endpoint:
         name = (args.served_model_name or [args.model])[0]
         self.engine = VLLMEngine(EngineInfo(name, 0, ()), self.weights.header.label)
         service = LocalService(self.store)
-        serving = Serving(self.engine, service, tokenizer, Detokenizer(tokenizer), keys, int(time.time()))
+        limits = limits_of_environment()
+        serving = Serving(self.engine, service, tokenizer, Detokenizer(tokenizer), keys, int(time.time()), limits)
         errors.install(app)
         app.include_router(feedback_router(serving))
         app.include_router(live_router(serving, self.live_status))
+        app.include_router(canaries_router(serving))
         # The last one added is the first one asked: the guard, then the gate, then the notes on answers.
         app.add_middleware(Answers, service=service, version=lambda: self.engine.version)
         app.add_middleware(Gate, closed=self.closed)
@@ -96,6 +102,7 @@ class Endpoint:
             self.engine, self.weights, self.state_dir / "run" / "engine.sock", self._repair, proven=False
         )
         self.control.start()
+        note(self.store, "server.started", "server", pid=os.getpid(), engine="vllm", version=self.weights.header.label)
 
     def closed(self) -> str | None:
         """Why nobody may be answered yet, or None."""
@@ -108,10 +115,17 @@ class Endpoint:
         return "the learner has not yet compared the weights with their version"
 
     def _repair(self, paused: bool) -> None:
+        found = self.weights.header
+        note(self.store, "learner.died", "learner", found=found.label, paused=paused)
         try:
             head = self.store.head()
             assert head is not None
-            repair(self.engine, self.weights.header, head, lambda: self.weights.restore(head), paused)
+
+            def restore() -> None:
+                self.weights.restore(head)
+                note(self.store, "repair.done", f"version {head}", found=found.label, torn=bool(found.writer))
+
+            repair(self.engine, self.weights.header, head, restore, paused)
         except Exception:  # nobody may be answered from weights of which nothing is known
             log.exception("the last committed version could not be restored; vLLM ends")
             os.kill(os.getpid(), signal.SIGTERM)
@@ -128,7 +142,12 @@ class Endpoint:
             "paused": control.paused,
             "trial": bool(header.step or header.writer),
             **({} if control.proven else {"state": "degraded" if control.refusal else "starting"}),
-            "learner": {"state": learner, "pid": pid, "refusal": control.refusal},
+            "learner": {
+                "state": learner,
+                "pid": pid,
+                "refusal": control.refusal,
+                "problem": control.problem or disk.shortage(self.state_dir),
+            },
             "arena": {"bytes": self.weights.num_bytes, "pid": self.weights.pid, **_resident(self.weights.pid)},
         }
 

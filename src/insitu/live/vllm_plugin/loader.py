@@ -15,13 +15,13 @@ import vllm
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from insitu.live.config import default_state_dir
-from insitu.live.store import Store
+from insitu.live.state import open_store, state_directory
 from insitu.live.versions import Versions
 from insitu.live.vllm_plugin.recorder import Recorder
 from insitu.live.vllm_plugin.refusals import RefusedError, check_config, untested
 from insitu.live.vllm_plugin.unpacked import Derived, keep_plain, packed, padded, restore_plain
 from insitu.live.vllm_plugin.worker import WeightServer
-from insitu.live.weights import handles, layout
+from insitu.live.weights import layout
 from insitu.live.weights.arena import Arena, plan
 
 log = logging.getLogger("insitu.vllm")
@@ -86,8 +86,8 @@ class ArenaLoader(DefaultModelLoader):  # type: ignore[misc]
             raise RefusedError(
                 f"model {str(base)!r} is no directory; --load-format insitu needs the path of a local checkpoint"
             )
-        self.state_dir = handles.private_directory(default_state_dir().expanduser().resolve())
-        self._versions = Versions(self.state_dir, base.resolve(), Store(self.state_dir / "insitu.db"))
+        self.state_dir = state_directory(default_state_dir())
+        self._versions = Versions(self.state_dir, base.resolve(), open_store(self.state_dir))
         self._versions.bring_up(self.arena, aliases)
 
     def _restore(self, version: int) -> None:
