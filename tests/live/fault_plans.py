@@ -99,7 +99,7 @@ def plan(name: str, choose: random.Random, tensors: int) -> Plan:
 
     if kind == "teach" and point == "write, and again":
         first = Kill("learner", "write", often(STEPS * tensors), ("learner",))
-        return Plan(name, "teach", (first, Kill("learner", "write", 1 + STEPS * tensors, ("learner",))))
+        return Plan(name, "teach", (first, Kill("learner", "write", often(STEPS * tensors), victims)))
     if kind == "teach":
         passes = STEPS * tensors if point == "write" else _IN_A_JOB[point]
         return Plan(name, "teach", (Kill("learner", point, often(passes), victims, delay),))

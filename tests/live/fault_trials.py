@@ -33,7 +33,7 @@ from insitu.live.weights import handles
 from insitu.live.weights.arena import NAME, Arena
 from insitu.live.weights.attach import layout, skeleton
 
-TEACH = {"max_steps": STEPS, "target_loss": 0.0, "learning_rate": 1e-3, "max_canary_kl": 1e3}
+TEACH = {"max_steps": STEPS, "target_loss": 0.0, "max_canary_kl": 1e3}
 
 
 class Trials:
@@ -47,6 +47,7 @@ class Trials:
         seed: int = 0,
         mutant: str = "",
         dtype: str = "float32",
+        learning_rate: float = 1e-3,
         tolerance: float = 1e-4,
         patience: float = 60.0,
         fresh_every: int = 25,
@@ -62,7 +63,8 @@ class Trials:
         for folder in (self.side, self.side / "once", self.side / "bytes"):
             folder.mkdir(mode=0o700)
         self.dtype = dtype
-        options = {"model": str(model), "dtype": dtype, "teach": TEACH, "mutant": mutant, "tolerance": tolerance}
+        teach = {**TEACH, "learning_rate": learning_rate}
+        options = {"model": str(model), "dtype": dtype, "teach": teach, "mutant": mutant, "tolerance": tolerance}
         self._plan("", [])
         self._state(0)
         here = Path(__file__).parent
@@ -77,7 +79,7 @@ class Trials:
         self.known: dict[int, Version] = {}  # of this state directory
         self.asker = Asker(seed, self._current)
         self.asker.start()
-        self.checker = wait_for(self._connect_checker, 60, "the checker")
+        self.checker = wait_for(self._connect_checker, 180, "the checker")
 
     # -- processes -----------------------------------------------------------------------------------------------------
     def _connect_checker(self) -> Any:

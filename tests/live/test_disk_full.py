@@ -4,10 +4,13 @@ The limit is the kernel's own (RLIMIT_FSIZE, set by the process itself at a poin
 """
 
 import errno
+import json
 import resource
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from tiny import make_tiny
 
 from insitu.live import disk
 from insitu.live.client import ClientError
+from insitu.live.server import Server, bind
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,33 @@ def test_what_is_a_full_disk_and_what_is_not(tmp_path: Path) -> None:
     assert disk.shortage(tmp_path) is None
     assert "cannot be written (No such file" in str(disk.shortage(tmp_path / "gone"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_cannot_write_where_it_is_tries_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[Path] = []
+    write_text = Path.write_text
+
+    def full(self: Path, text: str) -> int:
+        attempts.append(self)
+        if len(attempts) == 1:
+            write_text(self, text[:5])  # what got through before the disk was full
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(self, text)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    server = object.__new__(Server)
+    server.state_dir, server._stopping = tmp_path, threading.Event()
+    server._uvicorn, server.engine = (
+        SimpleNamespace(started=True),
+        SimpleNamespace(info=SimpleNamespace(model_name="m")),
+    )
+    server.config, server.listener = SimpleNamespace(host="127.0.0.1"), bind("127.0.0.1", 0)  # type: ignore[assignment]
+    ready = threading.Event()
+    with server.listener:
+        server._announce(ready)
+    assert len(attempts) == 2
+    assert ready.is_set()
+    assert json.loads((tmp_path / "server.json").read_text())["model"] == "m"
+    assert [file.name for file in tmp_path.iterdir()] == ["server.json"]
