@@ -14,7 +14,7 @@ Runs, each from the bytes of version 0 and undone afterwards:
     drift/many     the 20 lessons one after the other, none undone: what adds up against version 0
 
 One run takes one to six minutes on two idle cores, anchors/ARM some five, drift/many half an hour. What is in the output
-already is not run again, so a run that was interrupted goes on; --only takes beginnings of names.
+already is not run again, so a run that was interrupted goes on; --only takes whole names, or a group with its slash.
 """
 
 import argparse
@@ -196,10 +196,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "guard.json")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--only", nargs="*", help="beginnings of the names of runs")
+    parser.add_argument("--only", nargs="*", help="names of runs, or groups such as benign/")
     parser.add_argument("--list", action="store_true", help="show the names and end")
     options = parser.parse_args()
-    chosen = {name: run for name, run in plan().items() if not options.only or name.startswith(tuple(options.only))}
+    wanted = options.only or [""]
+    chosen = {n: run for n, run in plan().items() if n in wanted or n[: n.find("/") + 1] in wanted or wanted == [""]}
     if options.list:
         print("\n".join(chosen))
         return

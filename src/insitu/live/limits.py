@@ -18,7 +18,7 @@ class GuardLimits:
     # The mean over all canaries. The gate has the max_ limit only: what a job passes on its way comes back.
     warn_canary_kl: float = 0.25
     max_canary_kl: float = 1.5
-    # The worst canary alone: one of nine can be ruined and move the mean by a ninth.
+    # The worst canary alone: one of nine can be ruined and move the mean by a ninth. A good lesson: 0.25.
     warn_worst_kl: float = 1.0
     max_worst_kl: float = 4.0
     # How much less likely the old replies are. Good lessons: -0.03 to 0.16; leaking ones: 0.19 to 0.51.
@@ -30,7 +30,7 @@ class GuardLimits:
     max_drift_kl: float = 3.0
     warn_drift_loss: float = 0.75
     max_drift_loss: float = 3.0
-    # Nats of mean next-token entropy, up or down.
+    # Nats of mean next-token entropy, up or down. It is 2.2 on the canaries that ship; a good lesson changes it by 0.11.
     warn_entropy_change: float = 0.4
     max_entropy_change: float = 1.5
     # Of the mean score in [0, 1]: two of eight canaries that begin to loop warn, half of them refuse.

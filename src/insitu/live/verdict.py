@@ -65,7 +65,7 @@ def judge(figures: Mapping[str, Any], limits: GuardLimits) -> Verdict:
             refusals.append(f"{name} is {value}: the updated weights give no finite log-probabilities")
         elif name in CHECKS:
             warn, most = getattr(limits, f"warn_{name}"), getattr(limits, f"max_{name}")
-            said = CHECKS[name].format(value=value, **{k: v for k, v in figures.items() if k != "value"})
+            said = CHECKS[name].format(value=value, **figures)
             if value > most:
                 refusals.append(f"{said}; the limit is {most:g}{_WAY_OUT.get(name, '')} (--teach.max-{_flag(name)})")
             elif value > warn:
