@@ -253,7 +253,7 @@ def test_feedback_that_is_malformed_or_cannot_be_learned(world: World, status: i
         ("GET", "/v1/models/nobody/else", 404),
         ("POST", "/v1/nowhere", 404),
         ("GET", "/docs", 404),
-        ("GET", LEARN, 405),
+        ("PUT", LEARN, 405),
         ("GET", CHAT, 405),
         ("DELETE", "/v1/live/versions", 405),
         ("PUT", "/v1/models", 405),

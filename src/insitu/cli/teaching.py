@@ -83,7 +83,8 @@ def _learn(client: Any, examples: list[dict[str, Any]]) -> None:
     refused = [item for item in items if item["status"] != "applied"]
     for item in refused:
         console.print(f"{item['status']} {item['id']}: {item['reason'] or 'see insitu feedback list'}")
-    if applied := {item["weight_version"] for item in items if item["status"] == "applied"}:
-        console.print(f"learned: the model is now version {', '.join(sorted(applied))}; undo with: insitu rollback V")
+    if made := sorted({int(item["weight_version"]) for item in items if item["status"] == "applied"}):
+        way = f", the last of {len(made)} since version {made[0]}" if len(made) > 1 else ""
+        console.print(f"learned: the model is now version {made[-1]}{way}; undo with: insitu rollback V")
     if refused:
         sys.exit(1)

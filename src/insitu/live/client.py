@@ -13,7 +13,6 @@ from insitu.live.keys import load_keys
 # Time to answer one request; a long generation on a slow machine is no error.
 _TIMEOUT = httpx2.Timeout(600, connect=5)
 _PATIENCE = 600.0  # seconds
-_LOOK_AT = 50  # items in one round: jobs take them in order of arrival, so those at the front end first
 
 
 class ClientError(RuntimeError):
@@ -102,15 +101,15 @@ class Client:
 
     def wait_learned(self, ids: list[str], poll: float = 0.2) -> Iterator[list[dict[str, Any]]]:
         """The items that neither wait nor are in training any more, again and again until that is all of them, in the
-        order of ``ids``."""
+        order of ``ids``. Jobs take items in order of arrival, so no more is asked once one is found that still waits."""
         done: dict[str, dict[str, Any]] = {}
         waiting = list(dict.fromkeys(ids))
         while True:
-            for id in waiting[:_LOOK_AT]:
-                item = self.get(f"/v1/feedback/{id}")
-                if item["status"] not in ("queued", "training"):
-                    done[id] = item
-            waiting = [id for id in waiting if id not in done]
+            while waiting:
+                item = self.get(f"/v1/feedback/{waiting[0]}")
+                if item["status"] in ("queued", "training"):
+                    break
+                done[waiting.pop(0)] = item
             yield [done[id] for id in ids if id in done]
             if not waiting:
                 return
