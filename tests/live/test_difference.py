@@ -204,7 +204,7 @@ def test_a_frame_that_does_not_say_its_size_or_has_company_is_refused() -> None:
 def test_numbers_of_values_that_do_not_fit_the_masks_are_refused() -> None:
     one, two = frames_of_a_change(changed=1), frames_of_a_change(changed=2)
     for part in (2, 3, 4):  # the first class: its mask, and two planes
-        with pytest.raises(DifferenceError, match="has . values where . should be"):
+        with pytest.raises(DifferenceError, match=r"has . values where . should be"):
             apply(np.zeros(8, np.uint16), packed(0, [*one[:part], two[part], *one[part + 1 :]]), torch.bfloat16)
 
 
