@@ -127,7 +127,7 @@ def test_a_lessons_difference_is_small() -> None:
     was = bits(torch.randn(1 << 16).to(torch.bfloat16))
     now = was + (draw.random(was.size) < 0.02).astype(np.uint16)
     assert len(encode(was, now, torch.bfloat16)) < 0.03 * was.nbytes
-    assert len(encode(was, was, torch.bfloat16)) < 100
+    assert len(encode(was, was, torch.bfloat16)) < 300
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
@@ -208,11 +208,11 @@ def test_numbers_of_values_that_do_not_fit_the_masks_are_refused() -> None:
             apply(np.zeros(8, np.uint16), packed(0, [*one[:part], two[part], *one[part + 1 :]]), torch.bfloat16)
 
 
-@pytest.mark.parametrize("floor", range(256))
-def test_classes_counted_from_anywhere_are_a_difference_error_or_a_block(floor: int) -> None:
+def test_classes_counted_from_anywhere_are_a_difference_error_or_a_block() -> None:
     block = array(SPECIAL[16], torch.bfloat16)
     stored = encode(block, block[::-1].copy(), torch.bfloat16)
-    survives(block, bytes([floor]) + stored[1:], torch.bfloat16)
+    for floor in range(256):
+        survives(block, bytes([floor]) + stored[1:], torch.bfloat16)
 
 
 def test_a_step_to_a_class_that_there_is_not_is_refused() -> None:

@@ -57,13 +57,13 @@ def world(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 # -- the nearest -------------------------------------------------------------------------------------------------------
 def test_from_the_base_and_the_undo_image_the_way_is_forwards_or_backwards_whichever_is_shorter(world: World) -> None:
-    assert [world.route(v) for v in range(5)] == [
-        Route(0),
-        Route(0, ((1, False),)),
-        Route(0, ((1, False), (2, False))),  # as long as from the image: what is durable comes first
-        Route(4, ((4, True),)),
-        Route(4),
-    ]
+    expected = [Route(0), Route(0, ((1, False),)), Route(3, ((3, True),)), Route(3), Route(4)]
+    assert [world.route(v) for v in range(5)] == expected
+    world.image(3).unlink()
+    world.image(4)
+    (world.versions.directory / "undo-v3.safetensors").unlink(missing_ok=True)
+    # Version 2 is as far from the base as from the image: what is durable comes first.
+    assert [world.route(v) for v in (2, 3)] == [Route(0, ((1, False), (2, False))), Route(4, ((4, True),))]
     assert [back(world.versions, v) for v in range(5)] == [raw(tensors) for tensors in world.made]
 
 
@@ -193,16 +193,15 @@ def test_with_a_damaged_parent_no_version_is_written(world: World) -> None:
         world.versions.restore(4, world.arena, {})
 
 
-def test_the_image_follows_the_head_and_is_none_where_there_is_a_checkpoint(world: World) -> None:
+def test_the_images_are_of_the_head_and_the_one_before_and_none_where_there_is_a_checkpoint(world: World) -> None:
     assert "undo-v4.safetensors" in names(world.versions)
     rollback = roll_back(world.versions, 2)
     world.versions.keep_image(rollback, world.made[2])
-    assert [name for name in names(world.versions) if "undo" in name] == ["undo-v2.safetensors"]
+    assert [name for name in names(world.versions) if "undo" in name] == ["undo-v2.safetensors", "undo-v4.safetensors"]
     assert world.route(rollback) == Route(2)
     world.checkpoint(4)
-    for version in (4, 0):
-        world.versions.keep_image(version, world.made[version])
-        assert not any("undo" in name for name in names(world.versions))
+    world.versions.keep_image(4, world.made[4])
+    assert not any("undo" in name for name in names(world.versions))
 
 
 def test_an_image_that_cannot_be_written_leaves_the_older_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
