@@ -35,6 +35,8 @@ from insitu.live.weights.attach import layout, skeleton
 
 TEACH = {"max_steps": STEPS, "target_loss": 0.0, "max_canary_kl": 1e3}
 
+_TIDY_SECONDS = 5.0  # for the undo image, which is written after a commit
+
 
 class Trials:
     """Trials one after the other over one state directory, with a new one every ``fresh_every``."""
@@ -238,14 +240,15 @@ class Trials:
                 os.kill(int((self.side / f"{victim}.pid").read_text()), signal.SIGKILL)
 
     def _stray(self) -> list[str]:
-        """Files that are no committed version's."""
+        """Files that are no committed version's, when the learner has had time to end what it does after a commit."""
         store = Store(self.state_dir / "insitu.db")
         try:
             versions = Versions(self.state_dir, Path(str(store.get_meta("base"))), store)
-            known = {versions.path(v.id) for v in store.versions() if v.status == "committed"}
+            until = time.monotonic() + _TIDY_SECONDS
+            while (stray := sorted(file.name for file in versions.strays())) and time.monotonic() < until:
+                time.sleep(0.05)
         finally:
             store.close()
-        stray = [file.name for file in versions.directory.iterdir() if file not in known]
         return [f"left behind: {stray}"] if stray else []
 
     def _fresh(self, number: int) -> None:

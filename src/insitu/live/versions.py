@@ -241,15 +241,19 @@ class Versions:
             if other not in (image, self.directory / _IMAGE.format(before)):
                 other.unlink(missing_ok=True)
 
+    def strays(self) -> list[Path]:
+        """Files that are of no version which can be asked for."""
+        committed = {v.id for v in self.store.versions() if v.status == "committed" and not v.pruned}
+        kept = {self.path(v) for v in committed} | {self.checkpoint(v) for v in committed}
+        kept |= {self.directory / _IMAGE.format(v) for v in committed}
+        return [file for file in self.directory.iterdir() if file not in kept]
+
     def discard_uncommitted(self) -> list[Path]:
         """Delete files of versions that were never committed, or were pruned: left-overs of a process that was killed.
 
         Nobody may be writing a version: either the learner calls this, or there is none.
         """
-        committed = {v.id for v in self.store.versions() if v.status == "committed" and not v.pruned}
-        kept = {self.path(v) for v in committed} | {self.checkpoint(v) for v in committed}
-        kept |= {self.directory / _IMAGE.format(v) for v in committed}
-        stray = [file for file in self.directory.iterdir() if file not in kept]
+        stray = self.strays()
         for file in stray:
             remove(file)
         return stray
