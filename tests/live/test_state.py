@@ -211,11 +211,11 @@ def test_damage_that_comes_later_is_an_error_of_the_store(state_dir: Path) -> No
 _SERVE = """
 import sys
 from pathlib import Path
-from insitu import cli
+from insitu.cli import serving
 from insitu.live.config import ServeConfig
 for name in sys.argv[1:]:
     try:
-        cli.serve("/no/model", config=ServeConfig(state_dir=Path(name), port=0))
+        serving.serve("/no/model", config=ServeConfig(state_dir=Path(name), port=0))
     except SystemExit as end:
         print(repr(end.code))
 """
