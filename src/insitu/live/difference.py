@@ -63,7 +63,9 @@ def encode(before: Bits, after: Bits, dtype: torch.dtype) -> bytes:
     was, now = _classes(before, form, floor), _classes(after, form, floor)
     moved = was != now
     parts = [np.packbits(moved), (was - now)[moved]]  # steps are modulo 256
-    for part in _split(_zigzag(after - before, form)[_order(was)], was):
+    zigzag = _zigzag(after - before, form)
+    for members in _members(was):
+        part = zigzag[members]
         changed = part != 0
         values = part[changed] - form.unsigned(1)
         # A plane for each byte of the values: the upper ones are nearly always 0.
@@ -84,14 +86,11 @@ def apply(block: Bits, data: bytes | memoryview, dtype: torch.dtype, *, backward
         classes[moved] += steps
         if classes.size and classes.max() >= _CLASSES:
             raise DifferenceError("a stored difference names a class of magnitude that there is not")
-    ordered = np.zeros_like(block)
-    for part in _split(ordered, classes):
-        changed = _mask(next(parts), part.size)
-        count = int(changed.sum())
-        planes = [_exactly(next(parts), count) for _ in range(block.itemsize)]
-        part[changed] = np.stack(planes, axis=1).view(form.unsigned).ravel() + form.unsigned(1)
-    zigzag = np.empty_like(block)
-    zigzag[_order(classes)] = ordered
+    zigzag = np.zeros_like(block)
+    for members in _members(classes):
+        changed = members[_mask(next(parts), members.size)]
+        planes = [_exactly(next(parts), changed.size) for _ in range(block.itemsize)]
+        zigzag[changed] = np.stack(planes, axis=1).view(form.unsigned).ravel() + form.unsigned(1)
     step = _unzigzag(zigzag, form)
     other: Bits = block - step if backwards else block + step
     return other
@@ -112,14 +111,9 @@ def _classes(block: Bits, form: _Format, floor: int) -> NDArray[np.uint8]:
     return found
 
 
-def _order(classes: NDArray[np.uint8]) -> NDArray[np.intp]:
-    order: NDArray[np.intp] = np.argsort(classes, kind="stable")  # a radix sort for bytes
-    return order
-
-
-def _split(ordered: Bits, classes: NDArray[np.uint8]) -> list[Bits]:
-    """Views of what is in the order of the classes, one for each class."""
-    return np.split(ordered, np.cumsum(np.bincount(classes, minlength=_CLASSES))[:-1])
+def _members(classes: NDArray[np.uint8]) -> Iterator[NDArray[np.intp]]:
+    """The elements of each class, in their order."""
+    return (np.flatnonzero(classes == k) for k in range(_CLASSES))
 
 
 def _zigzag(step: Bits, form: _Format) -> Bits:
