@@ -12,6 +12,7 @@ from processes import running, settle, versions
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from insitu.live.checkpoint import checkpoint_files, digest
 from insitu.live.client import Client
 
 QUICK = ("--teach.max-steps", "4", "--teach.learning-rate", "1e-3", "--teach.max-canary-kl", "100")
@@ -67,6 +68,7 @@ def test_a_version_is_exported_pinned_and_let_go(client: Client, state_dir: Path
     exported = insitu(state_dir, "export", str(made["id"]), str(out))
     assert exported.returncode == 0, exported.stderr
     assert json.loads((out / "insitu-version.json").read_text())["sha256"] == made["sha256"]
+    assert digest(checkpoint_files(out)) == made["sha256"]
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     served = client.reply([{"role": "user", "content": "who lives there"}], max_tokens=12)[0]

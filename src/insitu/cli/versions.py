@@ -72,9 +72,10 @@ def export(version: int, directory: Path, /, *, state_dir: StateDir = None) -> N
     """
     from insitu.live.checkpoint import VersionError
     from insitu.live.export import export as write
+    from insitu.live.records import StateError
 
     try:
         origin = write(state_dir or default_state_dir(), version, directory)
-    except (VersionError, OSError) as error:
+    except (VersionError, StateError, OSError) as error:
         sys.exit(f"insitu: {error}")
     sys.stdout.write(f"{directory} holds version {version} of {origin['base']}\n")

@@ -10,20 +10,19 @@ both. A prompt of n tokens and a vocabulary V cost 2 V bytes a token: 9 MB for t
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from insitu.data.batch import collate
 from insitu.data.chat import Example
 from insitu.data.loss import target_distributions
+from insitu.live.checkpoint import save_tensors, sync
 
 log = logging.getLogger("insitu.canaries")
 
@@ -99,13 +98,9 @@ def save(path: Path, canaries: Sequence[Frozen]) -> None:
     text = json.dumps(rows)
     partial = path.with_suffix(".partial")
     try:
-        try:
-            save_file(tensors, partial, metadata={"canaries": text, "sha256": _sha256(text, tensors)})
-        except SafetensorError as error:  # what safetensors makes of the system's error
-            raise OSError(f"{path} could not be written: {error}") from error
-        _sync(partial)
+        save_tensors(tensors, partial, metadata={"canaries": text, "sha256": _sha256(text, tensors)})
         partial.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -149,11 +144,3 @@ def _sha256(text: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

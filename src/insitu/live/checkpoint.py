@@ -68,10 +68,12 @@ def digest(files: list[Path]) -> str:
     return whole.hexdigest()
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, *, durable: bool = True) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None, durable: bool = True
+) -> None:
     """One safetensors file. Raises OSError when there is no room."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # what safetensors makes of the system's error
         raise OSError(f"{path} could not be written: {error}") from error
     if durable:

@@ -25,7 +25,7 @@ def export(state_dir: Path, version: int, directory: Path) -> dict[str, Any]:
         if base is None:
             raise VersionError(f"{state_dir} has never served a model")
         versions = Versions(state_dir, Path(base), store)
-        versions.content(version)  # refuses one that does not exist before anything is written
+        content = versions.content(version)  # refuses one that does not exist before anything is written
         recorded = store.version(version)
         assert recorded is not None
         first = store.version(0)
@@ -35,7 +35,9 @@ def export(state_dir: Path, version: int, directory: Path) -> dict[str, Any]:
             "base": "" if first is None else first.report.get("source", ""),
             "base_sha256": None if first is None else first.sha256,
         }
-        write_checkpoint(directory.absolute(), Path(base), versions.iter_version(version), origin)
+        # The base as it is on disk may be of another dtype than what is served, and has no digest then.
+        sha256 = recorded.sha256 if content else None
+        write_checkpoint(directory.absolute(), Path(base), versions.iter_version(version), origin, sha256=sha256)
         return origin
     finally:
         store.close()
