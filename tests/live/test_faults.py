@@ -50,10 +50,14 @@ def test_a_broken_promise_is_found_out(model: Path, tmp_path: Path, mutant: str,
     plan = fault_plans.Plan(mutant, "teach", () if mutant == "stale-cache" else (torn,))
     trials = Trials(tmp_path, model, mutant=mutant, patience=8)
     try:
-        wrong = [problem for number in range(3) for problem in trials.trial(number, plan)["wrong"]]
+        wrong: list[str] = []
+        for number in range(3):  # a torn reply is a matter of luck; the first that is found is enough
+            wrong += trials.trial(number, plan)["wrong"]
+            if any(told in problem for problem in wrong):
+                return
     finally:
         trials.close()
-    assert any(told in problem for problem in wrong), wrong
+    pytest.fail(f"{mutant} was not found out: {wrong}")
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:
