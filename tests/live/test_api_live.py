@@ -154,7 +154,7 @@ def test_a_version_can_be_pinned_and_let_go(world: World) -> None:
 def test_what_was_pruned_cannot_be_pinned_or_served(world: World, verb: str) -> None:
     version = world.store.reserve("teach", 0)
     world.store.commit(version, "1" * 64, {})
-    world.store.prune([version])
+    assert world.store.prune([version], [])
     answer = world.client().post(f"/v1/live/versions/{version}/{verb}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "version_pruned")
     assert world.store.open_rollbacks() == []

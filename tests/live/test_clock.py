@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from insitu.live import learner as learner_module
+from insitu.live import gathering
 from insitu.live.learner import Learner
 from insitu.live.records import Feedback, NotQueuedError, Rollback
 from insitu.live.store import Store
@@ -89,6 +89,7 @@ class Idle(Learner):
         until = time.monotonic() + seconds
         self.store = store
         self.engine: Any = SimpleNamespace(server_gone=lambda: time.monotonic() > until)
+        self.versions: Any = SimpleNamespace(discard_uncommitted=list)
         self.jobs: list[tuple[float, list[str]]] = []
         self.on_teach: Callable[[], None] = lambda: None
 
@@ -125,7 +126,7 @@ def test_a_stamp_that_is_off_neither_delays_a_job_nor_splits_it(
 
 
 def test_posts_that_never_pause_are_not_waited_for_for_ever(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner_module, "_GATHER_SECONDS", 0.2)
+    monkeypatch.setattr(gathering, "SILENCE_SECONDS", 0.2)
     learner, n = Idle(store), [0]
     started = time.monotonic()
 
