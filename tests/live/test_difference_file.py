@@ -8,6 +8,7 @@ import random
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from versioned import Tensors, nudged, random_bits, raw
 
 from insitu.live.difference import BLOCK, DTYPES, DifferenceError, bits
-from insitu.live.difference_file import MAGIC, DifferenceFile, Written, write
+from insitu.live.difference_file import MAGIC, DifferenceFile, Written, walk, write
 
 TRAILER = 8 + 32 + 8
 
@@ -36,7 +37,7 @@ def applied(path: Path, tensors: Tensors, *, backwards: bool = False) -> Tensors
     with ThreadPoolExecutor(2) as pool:
         for name, tensor in tensors.items():
             entry = file.entries[name]
-            block = file.applied(name, bits(tensor), pool, backwards=backwards)
+            block = walk(name, bits(tensor), [(file, backwards)], pool)
             found[name] = torch.from_numpy(block.view(f"i{block.itemsize}")).view(DTYPES[entry.dtype]).view(entry.shape)
     return found
 
@@ -149,11 +150,11 @@ def test_what_a_difference_does_not_start_from_is_refused_by_name(pair: tuple[Pa
         for tensors, backwards in ((after, False), (before, True)):
             for name in ("matrix", "half", "vector", "scalar"):
                 with pytest.raises(DifferenceError, match=rf"file: '{name}' is not the tensor that this difference"):
-                    file.applied(name, bits(tensors[name]), pool, backwards=backwards)
+                    walk(name, bits(tensors[name]), [(file, backwards)], pool)
         with pytest.raises(DifferenceError, match="'matrix' is not the tensor"):
-            file.applied("matrix", bits(before["matrix"])[:-1], pool, backwards=False)
+            walk("matrix", bits(before["matrix"])[:-1], [(file, False)], pool)
         with pytest.raises(DifferenceError, match="file has no 'stranger'"):
-            file.applied("stranger", bits(before["matrix"]), pool, backwards=False)
+            walk("stranger", bits(before["matrix"]), [(file, False)], pool)
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
@@ -266,3 +267,22 @@ def test_blocks_that_are_not_what_the_index_says_never_give_a_wrong_tensor(tmp_p
         except DifferenceError:
             continue
         assert raw(found) == raw(after)
+
+
+# -- several files at once -----------------------------------------------------------------------------------------------
+def test_a_walk_over_several_files_is_the_same_as_one_after_the_other_and_leads_back(tmp_path: Path) -> None:
+    states = [{"w": torch.full((3, BLOCK // 2), float(i)) + torch.arange(3)[:, None]} for i in range(4)]
+    for i, (before, after) in enumerate(pairwise(states)):
+        written(tmp_path / str(i), before, after)
+    files = [DifferenceFile(tmp_path / str(i)) for i in range(3)]
+    first, last = (bits(state["w"]) for state in (states[0], states[-1]))
+    with ThreadPoolExecutor(2) as pool:
+        there = walk("w", first, [(file, False) for file in files], pool)
+        assert np.array_equal(there, last)
+        assert np.array_equal(walk("w", last, [(file, True) for file in reversed(files)], pool), first)
+        with pytest.raises(
+            DifferenceError, match=rf"{files[2].path}: 'w' is not the tensor that this difference starts from"
+        ):
+            walk("w", first, [(files[0], False), (files[2], False)], pool)
+        with pytest.raises(DifferenceError, match="has no 'other'"):
+            walk("other", first, [(files[0], False)], pool)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,23 +165,41 @@ class DifferenceFile:
             raise ValueError("its checksum is wrong")
         return json.loads(bytes(self._data[index:end]))
 
-    def applied(self, name: str, block: Bits, pool: ThreadPoolExecutor, *, backwards: bool) -> Bits:
-        """The other side of a whole tensor's bits. Raises DifferenceError if ``block`` is not the side it starts from."""
-        entry = self.entries.get(name)
-        if entry is None:
+    def sides(self, name: str, *, backwards: bool) -> tuple[str, str]:
+        """The sha256 of a tensor's bytes before and after a step. Raises DifferenceError if it is not in the file."""
+        if (entry := self.entries.get(name)) is None:
             raise DifferenceError(f"{self.path} has no {name!r}")
-        given, wanted = (entry.after, entry.before) if backwards else (entry.before, entry.after)
-        if _sha256(block) != given:
-            raise DifferenceError(f"{self.path}: {name!r} is not the tensor that this difference starts from")
+        return (entry.after, entry.before) if backwards else (entry.before, entry.after)
 
-        def slice_(i: int) -> Bits:
-            data = self._data[entry.offsets[i] : entry.offsets[i + 1]]
-            return apply(block[i * BLOCK : (i + 1) * BLOCK], data, DTYPES[entry.dtype], backwards=backwards)
+    def block(self, name: str, i: int) -> memoryview:
+        start, end = self.entries[name].offsets[i : i + 2]
+        return self._data[start:end]
 
-        other: Bits = np.concatenate(list(pool.map(slice_, range(len(entry.offsets) - 1))))
-        if _sha256(other) != wanted:
-            raise DifferenceError(f"{self.path}: {name!r} does not become what it should")
-        return other
+
+def walk(name: str, tensor: Bits, steps: Sequence[tuple[DifferenceFile, bool]], pool: ThreadPoolExecutor) -> Bits:
+    """The bits of a whole tensor after ``steps`` (file, backwards), of which there is at least one.
+
+    Raises DifferenceError if ``tensor`` is not where they start, a step does not follow the one before it, or they do not end
+    where the last one says.
+    """
+    at = _sha256(tensor)
+    for file, backwards in steps:
+        given, wanted = file.sides(name, backwards=backwards)
+        if at != given:
+            raise DifferenceError(f"{file.path}: {name!r} is not the tensor that this difference starts from")
+        at = wanted
+    dtype = DTYPES[steps[0][0].entries[name].dtype]
+
+    def through(i: int) -> Bits:  # all steps of one block, which stays in a core's cache
+        block = tensor[i * BLOCK : (i + 1) * BLOCK]
+        for file, backwards in steps:
+            block = apply(block, file.block(name, i), dtype, backwards=backwards)
+        return block
+
+    other: Bits = np.concatenate(list(pool.map(through, range(max(1, -(-tensor.size // BLOCK))))))
+    if _sha256(other) != at:
+        raise DifferenceError(f"{steps[-1][0].path}: {name!r} does not become what it should")
+    return other
 
 
 def _check(entry: Entry, size: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from insitu.live import difference_file
 from insitu.live.checkpoint import VersionError, checkpoint_files, read, remove, save_tensors, sync
 from insitu.live.difference import DTYPES, DifferenceError, bits
-from insitu.live.difference_file import DifferenceFile
+from insitu.live.difference_file import DifferenceFile, walk
 from insitu.live.keeper import held
 from insitu.live.records import Version, VersionFile
 from insitu.live.routes import History
@@ -101,9 +101,7 @@ class Versions:
                     if (entry := missing.pop(name, None)) is None:  # a tied tensor's other name
                         continue
                     dtype = DTYPES[entry.dtype]
-                    block = bits(tensor.to(dtype))
-                    for file, backwards in files:
-                        block = file.applied(name, block, pool, backwards=backwards)
+                    block = walk(name, bits(tensor.to(dtype)), files, pool)
                     yield name, torch.from_numpy(block.view(f"i{block.itemsize}")).view(dtype).view(entry.shape)
             if missing:
                 raise DifferenceError(f"version {route.start}, from which it is rebuilt, lacks {min(missing)!r}")
