@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from environment import environment
 from insitu import demo
 from insitu.data.chat import Example, encode_messages, encode_prompt
-from insitu.live import prompts, retention, source
+from insitu.live import disk, prompts, source
 from insitu.live.checkpoint import checkpoint_files, read
 from insitu.live.config import TeachConfig
 from insitu.live.store import Store
@@ -118,7 +118,7 @@ def chain(base: Path, count: int) -> dict[str, Any]:
         head = made[-1]["version"]
         recorded = lessons.store.version(head)
         assert recorded is not None
-        found: dict[str, Any] = {"versions": made, "bytes": retention.usage(lessons.versions.directory)}
+        found: dict[str, Any] = {"versions": made, "bytes": disk.usage(lessons.versions.directory)}
         found["undo"] = [lessons.restore(head) for _ in range(5)]
         found["rollback_one"] = [lessons.restore(head - 1) for _ in range(5)]
         found["rollback_ten"] = [lessons.restore(head - 10) for _ in range(3)]

@@ -6,6 +6,7 @@ The limit is the kernel's own (RLIMIT_FSIZE, set by the process itself at a poin
 import errno
 import json
 import resource
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -125,3 +126,24 @@ def test_a_server_that_cannot_write_where_it_is_tries_until_there_is_room(
     assert ready.is_set()
     assert json.loads((tmp_path / "server.json").read_text())["model"] == "m"
     assert [file.name for file in tmp_path.iterdir()] == ["server.json"]
+
+
+def test_what_vanishes_while_it_is_counted_takes_no_room(tmp_path: Path) -> None:
+    """As pip does it: directories come and go while their size is watched."""
+    (tmp_path / "kept").write_bytes(b"12345")
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            for i in range(20):
+                (tmp_path / f"d{i}" / "inner").mkdir(parents=True)
+            for i in range(20):
+                shutil.rmtree(tmp_path / f"d{i}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        assert {disk.usage(tmp_path) for _ in range(300)} == {5}
+    finally:
+        stop.set()
+        thread.join()

@@ -25,7 +25,8 @@ from versioned import (
 from insitu.live import retention
 from insitu.live.checkpoint import ORIGIN, VersionError, checkpoint_files
 from insitu.live.checkpoint import digest as digest_of_files
-from insitu.live.retention import NoRoomError, require_room, tidy, usage
+from insitu.live.disk import usage
+from insitu.live.retention import NoRoomError, require_room, tidy
 from insitu.live.versions import Versions
 
 

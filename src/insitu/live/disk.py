@@ -4,6 +4,7 @@ import errno
 import os
 import sqlite3
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of files (ulimit -f)
@@ -42,3 +43,13 @@ def shortage(directory: Path, num_bytes: int = _STORE_BYTES) -> str | None:
 
 def describe(directory: Path, reason: object) -> str:
     return f"no room on the disk of {directory} ({reason}): free some, and learning goes on by itself"
+
+
+def usage(path: Path) -> int:
+    """Bytes of a file, or of all files under a directory; what is not there, or goes meanwhile, takes none."""
+    total = 0
+    # Unlike rglob, walk passes over a directory that vanishes under it.
+    for file in [path, *(Path(directory) / name for directory, _, names in os.walk(path) for name in names)]:
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total

