@@ -172,7 +172,7 @@ def test_where_nothing_was_left_the_weights_are_not_touched(
     monkeypatch.setattr(world.versions, "restore", lambda *_: pytest.fail("restored without a reason"))
     before = os.pread(world.arena.fd, world.arena.num_bytes, 0)
     world.repair(paused=paused)
-    assert world.commands == (["resume"] if paused else [])
+    assert world.commands == (["publish", "resume"] if paused else [])
     assert os.pread(world.arena.fd, world.arena.num_bytes, 0) == before
     assert caplog.text == ""
 

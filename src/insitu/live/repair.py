@@ -27,6 +27,8 @@ def repair(engine: Engine, header: Header, head: int, restore: Callable[[], None
             engine.pause()
             paused = True
         restore()
-        engine.publish(str(head))
     if paused:
+        # Also where nothing was to be undone: it may have died between its commit and the publish, and caches and label
+        # would be those of the version before.
+        engine.publish(str(head))
         engine.resume()
