@@ -122,9 +122,10 @@ class Checker:
         """What the client got is what the engine made, and the labels are those of the tokens."""
         decoder = Detokenizer(self.tokenizer).decoder()
         text = "".join(decoder.push(token["id"]) for token in tokens if token["id"] not in self.ends)
+        text += decoder.flush()  # what is left of a character that the reply did not end
         labels = list(dict.fromkeys(token["label"] for token in tokens))
         if reply["done"]:
-            if reply["text"] != text + decoder.flush() or reply["versions"] != labels:
+            if reply["text"] != text or reply["versions"] != labels:
                 wrong.append(
                     f"{reply['ask']!r}: the client got {reply['text']!r} of {reply['versions']}, not {text!r} of {labels}"
                 )

@@ -146,6 +146,8 @@ def test_a_version_can_be_pinned_and_let_go(world: World) -> None:
         answer = world.client().post(f"/v1/live/versions/{version}/{verb}")
         assert (answer.status_code, answer.json()["pinned"], answer.json()["bytes"]) == (200, pinned, 1234)
         assert world.client().get("/v1/live/versions").json()["data"][-1]["pinned"] is pinned
+    assert world.client().post(f"/v1/live/versions/{version}/pin", json={"days": 3}).status_code == 400
+    assert world.client().get("/v1/live/versions").json()["data"][-1]["pinned"] is False
     assert world.client(KEYS.api).post(f"/v1/live/versions/{version}/pin").status_code == 403
     assert world.client().post("/v1/live/versions/7/pin").status_code == 404
 

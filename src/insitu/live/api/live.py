@@ -82,19 +82,21 @@ def live_router(serving: Serving, live_status: Callable[[], Mapping[str, Any]]) 
         return JSONResponse(_describe_rollback(rollback), 200 if rollback.status == "done" else 202)
 
     @router.post("/v1/live/versions/{id}/pin", dependencies=may_learn)
-    async def pin(id: str) -> dict[str, Any]:
+    async def pin(id: str, body: Nothing | None = None) -> dict[str, Any]:
         """Never prune this version."""
         return await _pinned(id, True)
 
     @router.post("/v1/live/versions/{id}/unpin", dependencies=may_learn)
-    async def unpin(id: str) -> dict[str, Any]:
+    async def unpin(id: str, body: Nothing | None = None) -> dict[str, Any]:
+        """Let it be pruned again when it is old."""
         return await _pinned(id, False)
 
     async def _pinned(id: str, pinned: bool) -> dict[str, Any]:
         version = await _committed(service, id)
-        if version.pruned:
-            raise ApiError(409, f"version {id} was pruned to save room; its bytes are gone", code="version_pruned")
-        await service.pin(version.id, pinned)
+        try:
+            await service.pin(version.id, pinned)
+        except ValueError as error:  # it was pruned, perhaps just now
+            raise ApiError(409, str(error), code="version_pruned") from error
         return _describe_version(await service.version(version.id) or version)
 
     @router.get("/v1/live/rollbacks/{id}", dependencies=may_learn)
