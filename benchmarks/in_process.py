@@ -4,6 +4,7 @@ For benchmarks that teach many jobs with many settings: nothing is started anew 
 """
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,8 @@ def world(model: str) -> Iterator[World]:
     with tempfile.TemporaryDirectory(prefix="insitu-bench-") as directory:
         server = Server(model, ServeConfig(state_dir=Path(directory) / "state", port=0, yes=True))
         server.listener.close()
-        torch.set_num_threads(torch.get_num_threads() * 2)  # the learner's half too: nobody is served meanwhile
+        # The learner's half too, since nobody is served meanwhile; never more than there are cores to run on.
+        torch.set_num_threads(min(torch.get_num_threads() * 2, len(os.sched_getaffinity(0))))
         server.engine.start()
         try:
             line = Line(server.engine, server.arena)
