@@ -54,6 +54,8 @@ _IN_A_JOB = {
     "committed": 1,
 }
 _IN_A_ROLLBACK = {
+    "before near": 1,
+    "near": 1,
     "reserved": 1,
     "marked": 1,
     "restore": 0,

@@ -148,6 +148,7 @@ def in_learner(points: Points) -> None:
     pass_by(EngineClient, "publish", points, before="before publish", after="published")
     pass_by(EngineClient, "resume", points, before="before resume")
     pass_by(Arena, "mark_writing", points, after="marked")
+    pass_by(Versions, "bring_near", points, before="before near", after="near")
     pass_by(Versions, "write", points, before="before file", after="before commit")
     pass_by(os, "fsync", points, before="fsync")
     pass_by(os, "replace", points, before="rename")

@@ -49,6 +49,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
         ("teach", "before commit", 0, False),
         ("teach", "before commit", 0, True),
         ("teach", "abandon", 0, False),
+        ("rollback", "before near", 0, False),
         ("rollback", "before reserve", 0, False),
         ("rollback", "restore", 0, False),
         ("rollback", "before note", 0, True),

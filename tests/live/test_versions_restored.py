@@ -216,3 +216,36 @@ def test_an_image_that_cannot_be_written_leaves_the_older_one(world: World, monk
             world.versions.keep_image(rollback, world.made[2])
     assert names(world.versions) == before
     assert torch.equal(dict(world.versions.iter_version(4))["model.norm.weight"], world.made[4]["model.norm.weight"])
+
+
+# -- a version that is far away ----------------------------------------------------------------------------------------
+def test_what_was_brought_near_is_restored_as_a_copy_and_goes_with_the_next_head(world: World) -> None:
+    assert world.route(2) != Route(2)
+    world.versions.bring_near(2)
+    assert world.route(2) == Route(2)
+    assert world.restores(2)
+    rollback = roll_back(world.versions, 1)
+    world.versions.keep_image(rollback, world.made[1])
+    assert [name for name in names(world.versions) if "undo" in name] == ["undo-v1.safetensors", "undo-v4.safetensors"]
+
+
+def test_what_is_there_in_full_or_repeats_what_is_needs_no_image(world: World) -> None:
+    before = names(world.versions)
+    for version in (0, 4, roll_back(world.versions, 4)):
+        world.versions.bring_near(version)
+    assert names(world.versions) == before
+
+
+def test_a_torn_image_on_the_way_is_noticed_and_the_way_round_it_taken(world: World) -> None:
+    world.image(4).write_bytes(b"torn")
+    world.versions.bring_near(2)
+    assert world.route(2) == Route(2)
+    assert world.restores(2)
+
+
+def test_a_version_that_cannot_be_rebuilt_is_refused_before_anybody_waits(world: World) -> None:
+    for version in (2, 3):
+        world.versions.path(version).write_bytes(b"torn")
+    with pytest.raises(VersionError, match=r"version 2 cannot be rebuilt: .*v\d\.difference is damaged"):
+        world.versions.bring_near(2)
+    assert not world.arena.header.writer

@@ -174,8 +174,8 @@ class Learner:
         self.store.update_rollback(request.id, "running")
         started = time.monotonic()
         try:
-            self.versions.content(request.target)  # refuses an unknown version before an id is spent on it
-        except ValueError as error:
+            self._bring_near(request.target)  # refuses one that is unknown or damaged before an id is spent on it
+        except VersionError as error:
             self.store.update_rollback(request.id, "failed", reason=str(error))
             return
         version = self.store.reserve("rollback", parent, target=request.target)
@@ -196,6 +196,15 @@ class Learner:
         self.store.update_rollback(request.id, "done", version=version)
         log.info("version %d: rolled back to version %d", version, request.target)
         self._tidy(version)
+
+    def _bring_near(self, version: int) -> None:
+        """Rebuild it beside serving, so that serving stands still for a copy only. Raises VersionError when that cannot be."""
+        self.versions.content(version)
+        try:
+            retention.require_room(self.versions, self.arena.num_bytes, self.config.disk_limit_gb)
+            self.versions.bring_near(version)
+        except OSError as error:
+            log.warning("version %d is rebuilt while serving stands still: %s", version, error)
 
     def _has_room(self) -> bool:
         """Whether another version fits, by what the disk says of itself and by taking it for a moment."""

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from insitu.live import difference_file
-from insitu.live.checkpoint import VersionError, checkpoint_files, read, remove, save_tensors, sync
+from insitu.live.checkpoint import VersionError, checkpoint_files, read, remove, sync
 from insitu.live.difference import DTYPES, DifferenceError, bits
 from insitu.live.difference_file import DifferenceFile, walk
+from insitu.live.images import Images
 from insitu.live.keeper import held
 from insitu.live.records import Version, VersionFile
 from insitu.live.routes import History
@@ -31,7 +32,6 @@ from insitu.live.weights.arena import Arena
 
 log = logging.getLogger("insitu.versions")
 
-_IMAGE = "undo-v{}.safetensors"
 _CHECKPOINT = "checkpoint-v{}"
 
 
@@ -42,6 +42,7 @@ class Versions:
         self.directory = state_dir / "versions"
         self.base = base
         self.store = store
+        self.images = Images(self.directory)
         if not self.directory.exists():
             self.directory.mkdir(mode=0o700, exist_ok=True)
             sync(state_dir)  # its name must be as durable as what will be in it
@@ -63,7 +64,7 @@ class Versions:
         return self.directory / _CHECKPOINT.format(version)
 
     def full(self, *, images: bool = True) -> dict[int, list[Path]]:
-        """The files of every version that is there in full, the undo image last; ``images=False`` leaves that out.
+        """The files of every version that is there in full, undo images last; ``images=False`` leaves those out.
 
         What was pruned does not count, though a process that was killed may have left files of it.
         """
@@ -72,7 +73,7 @@ class Versions:
         found = {0: checkpoint_files(self.base)}
         found |= {v: checkpoint_files(self.checkpoint(v)) for v in left if self.checkpoint(v).name in there}
         if images:
-            kept = {v: [self.directory / _IMAGE.format(v)] for v in left if _IMAGE.format(v) in there}
+            kept = {v: [self.images.path(v)] for v in left if self.images.path(v).name in there}
             found = {**found, **{v: files for v, files in kept.items() if v not in found}}
         return found
 
@@ -156,8 +157,7 @@ class Versions:
         """Whatever was read wrong shall be read again, from durable files: the image is only a copy, and a power cut may have
         torn it. Also, a learner that outlived its server may just have pruned what the way led over."""
         log.warning("%s; trying again without the undo image", error)
-        for image in self.directory.glob(_IMAGE.format("*")):
-            image.unlink(missing_ok=True)
+        self.images.keep_only([])
 
     def _fill(self, version: Version, arena: Arena, aliases: Mapping[str, str]) -> None:
         with torch.no_grad():
@@ -216,34 +216,39 @@ class Versions:
 
     def keep_image(self, version: int, views: Mapping[str, torch.Tensor]) -> None:
         """Let there be an undo image of this version, whose bytes ``views`` are, and keep that of the version before, so that
-        one step back is a copy. The base is its own image.
+        one step back is a copy. A version that is there in full is its own image.
 
-        It is a cache: not synced, and checked whenever it is used. Raises OSError when there is no room; an older image then
-        still serves.
+        Raises OSError when there is no room; an older image then still serves.
+        """
+        history = self.history()
+        content = history.content(version)
+        if content not in self.full():
+            self.images.save(content, views)
+        parent = history.known[version].parent
+        self.images.keep_only({content, history.content(parent) if parent in history.left() else None})
+
+    def bring_near(self, version: int) -> None:
+        """Let there be an image of this version, unless it is there in full: restoring it then takes no longer than any undo,
+        however far it is. For whoever will have readers wait for :meth:`restore`; they go on reading meanwhile.
+
+        Takes the weights' bytes in host memory once more while it lasts. Raises OSError when there is no room, and VersionError
+        as :meth:`iter_version`.
         """
         content = self.content(version)
-        image = self.directory / _IMAGE.format(content)
-        if content != 0 and not image.exists() and not self.checkpoint(content).exists():
-            partial = image.with_suffix(".partial")
-            try:
-                save_tensors(dict(views), partial, durable=False)
-                partial.replace(image)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-        recorded = self.store.version(version)
-        assert recorded is not None
-        history = self.history()
-        before = history.content(recorded.parent) if recorded.parent in history.left() else None
-        for other in self.directory.glob(_IMAGE.format("*")):
-            if other not in (image, self.directory / _IMAGE.format(before)):
-                other.unlink(missing_ok=True)
+        if content in self.full():
+            return
+        try:
+            tensors = dict(self.iter_version(content))
+        except VersionError as error:
+            self._distrust_images(error)
+            tensors = dict(self.iter_version(content))
+        self.images.save(content, tensors)
 
     def strays(self) -> list[Path]:
         """Files that are of no version which can be asked for."""
         committed = {v.id for v in self.store.versions() if v.status == "committed" and not v.pruned}
         kept = {self.path(v) for v in committed} | {self.checkpoint(v) for v in committed}
-        kept |= {self.directory / _IMAGE.format(v) for v in committed}
+        kept |= {self.images.path(v) for v in committed}
         return [file for file in self.directory.iterdir() if file not in kept]
 
     def discard_uncommitted(self) -> list[Path]:
