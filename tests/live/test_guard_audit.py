@@ -24,6 +24,10 @@ CALM = list(range(10, 34))  # a reply of 24 tokens that repeats nothing
 LOOP = [10, 11] * 12
 
 
+def reply(ids: Sequence[int]) -> Example:
+    return Example([1, 2, *ids], [False, False] + [True] * len(ids))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
@@ -54,7 +58,7 @@ class Served(Attachment):
     def replies(self, questions: Sequence[str], max_tokens: int) -> list[Example]:
         self.asked.append(max_tokens)
         assert list(questions) == ASKED
-        return [Example([1, 2, *ids], [False, False] + [True] * len(ids)) for ids in self.told]
+        return [reply(ids) for ids in self.told]
 
 
 class Audit:
@@ -66,12 +70,13 @@ class Audit:
             "repetition_before": 0.0,
             "steps": [{"loss": 2.0}, {"loss": 0.04}],
         }
+        self.lesson = [reply([50, 51, 52, 53])]
         self.served = Served(model)
         self.guard = Guard(model, frozen(model, SAID), 0, config)
         self.job = Transaction(self.served, 0, config, self.report)
 
     def __call__(self) -> str:
-        self.job._audit(self.guard, JUDGED, ASKED)
+        self.job._audit(self.guard, JUDGED, ASKED, [reply(CALM)] * len(ASKED), self.lesson)
         return self.verdict["level"]
 
     @property
@@ -85,7 +90,16 @@ def test_a_calm_job_passes_with_every_figure(attached: tuple[Arena, Any]) -> Non
     assert audit() == "pass"
     assert audit.verdict["reasons"] == []
     figures = audit.verdict["figures"]
-    for name in ("canary_kl", "drift_kl", "canary_loss", "drift_loss", "entropy_change", "gap_rise", "repetition_rise"):
+    for name in (
+        "canary_kl",
+        "drift_kl",
+        "canary_loss",
+        "drift_loss",
+        "entropy_change",
+        "gap_rise",
+        "repetition_rise",
+        "leak",
+    ):
         assert figures[name] == pytest.approx(0, abs=1e-2), name
     assert figures["burn_in"] == pytest.approx(math.exp(-0.04))
     assert audit.served.asked == [24]
@@ -152,6 +166,21 @@ def test_replies_that_begin_to_loop_are_noticed_against_those_before(
         audit()
     assert audit.verdict["level"] == level
     assert audit.verdict["figures"]["repetition"] == looping / 4
+
+
+@pytest.mark.parametrize(("leaking", "level"), [(0, "pass"), (1, "warn"), (4, "warn")])
+def test_words_of_the_lesson_where_they_were_not_asked_for_are_a_warning(
+    attached: tuple[Arena, Any], leaking: int, level: str
+) -> None:
+    audit = Audit(attached[1])
+    audit.served.told = [[50, 51, *CALM]] * leaking + [CALM] * (4 - leaking)
+    assert audit() == level
+    assert audit.verdict["figures"]["leak"] == leaking / 4
+    if leaking:
+        assert audit.verdict["reasons"] == [
+            f"words of the lesson came into replies that it was not about: a share of {leaking / 4:.2f} of the canaries; a "
+            "warning is given over 0.2"
+        ]
 
 
 @pytest.mark.parametrize(("loss", "level"), [(0.05, "pass"), (0.011, "pass"), (0.009, "warn"), (0.0, "warn")])

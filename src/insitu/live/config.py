@@ -56,6 +56,8 @@ class TeachConfig(GuardLimits):
         max_repetition_rise: Refuse if it rose by more.
         warn_gap_rise: Warn if server and learner came to disagree by more nats per token than before the job.
         max_gap_rise: Refuse if they came to disagree by more.
+        warn_leak: Warn if words of the lesson came into a larger share, 0 to 1, of the replies to canaries.
+        max_leak: Refuse if they came into a larger share; 1 never refuses.
         warn_burn_in: Warn if the lesson's own tokens reach a higher mean probability, exp(-loss): it is burnt in.
         max_burn_in: Refuse if they reach a higher one; 1 never refuses.
         seed: Of the projections and of stochastic rounding.

@@ -39,6 +39,11 @@ class GuardLimits:
     # Two engines differ on the same bf16 weights because their kernels add in another order; vLLM's gap moved by 0.002.
     warn_gap_rise: float = 0.05
     max_gap_rise: float = 0.1
+    # The share of canaries whose replies took over three tokens of the lesson. Of the twenty good lessons in
+    # benchmarks/guard_jobs.json it was none of 12 unrelated replies for nineteen, and 5 for the one that spoilt 5. It warns
+    # only: a manner may be meant for every reply.
+    warn_leak: float = 0.2
+    max_leak: float = 1.0
 
     # The geometric mean probability of the lesson's own tokens, exp(-loss): 0.99 is a loss of 0.01, a fifth of where a job
     # stops by default. It warns only: with anchors even 0.0035 left unrelated replies as they were (60 steps), but a reply

@@ -18,6 +18,7 @@ from insitu.live import prompts
 from insitu.live.attachment import Attachment
 from insitu.live.config import TeachConfig
 from insitu.live.guard import Guard
+from insitu.live.leak import leak
 from insitu.live.replay import replays
 from insitu.live.teaching import TeachingRun
 from insitu.live.verdict import Verdict, judge
@@ -25,7 +26,7 @@ from insitu.live.verdict import Verdict, judge
 log = logging.getLogger("insitu.learner")
 
 _ANCHOR_TOKENS = 24  # of each reply that training holds on to
-_TALK_TOKENS = 24  # of each reply in which repetition is looked for: a loop wants room to go round
+_TALK_TOKENS = 24  # of each reply in which repetition and leaks are looked for: a loop wants room to go round
 
 
 class RefusedError(Exception):
@@ -50,7 +51,8 @@ class Transaction:
         guard = Guard(self.served.model, canaries, self.served.pad_token_id, self.config)
         judged = canaries[0].example.input_ids
         self.report["gap_before"] = self.served.gap(judged)
-        self.report["repetition_before"] = self._repetition(asked)
+        talk = self.served.replies(asked, _TALK_TOKENS)
+        self.report["repetition_before"] = _repetition(talk)
         held = replays(
             self.served.store, self.served.encode, examples, self.config.replay, self.config.seed + self.parent
         )
@@ -70,7 +72,7 @@ class Transaction:
             self.report["weight_bytes"] = sum(slot.num_bytes for slot in self.served.arena.slots)
         finally:
             run.close()
-        self._audit(guard, judged, asked)
+        self._audit(guard, judged, asked, talk, examples)
         self.report["seconds"] = round(time.monotonic() - started, 3)
 
     def _write(self, run: TeachingRun, guard: Guard, step: int, figures: dict[str, Any]) -> None:
@@ -97,9 +99,17 @@ class Transaction:
             "total": time.monotonic() - begun,
         }
 
-    def _audit(self, guard: Guard, judged: list[int], asked: Sequence[str]) -> None:
+    def _audit(
+        self,
+        guard: Guard,
+        judged: list[int],
+        asked: Sequence[str],
+        talk: Sequence[Example],
+        lesson: Sequence[Example],
+    ) -> None:
         """The verdict on the job: all canaries at once; what the server says of the weights against what the learner says of
-        them; and what it now answers by itself. The dear figures last: a job that is refused needs no more of them."""
+        them; and what it now answers by itself, where it said ``talk`` before. The dear figures last: a job that is refused
+        needs no more of them."""
         figures = guard.figures()
         self.report["canary_kl"] = figures["canary_kl"]
         steps = self.report["steps"]
@@ -109,7 +119,9 @@ class Transaction:
         self.report["gap"] = figures["gap"] = self.served.gap(judged)
         figures["gap_rise"] = figures["gap"] - self.report["gap_before"]
         self._heed(judge(figures, self.config))
-        figures["repetition"] = self._repetition(asked)
+        now = self.served.replies(asked, _TALK_TOKENS)
+        figures["leak"] = leak(lesson, talk, now)
+        figures["repetition"] = _repetition(now)
         figures["repetition_rise"] = figures["repetition"] - self.report["repetition_before"]
         verdict = judge(figures, self.config)
         self._heed(verdict)
@@ -121,11 +133,11 @@ class Transaction:
         if verdict.refused:
             raise RefusedError(verdict.reason)
 
-    def _repetition(self, asked: Sequence[str]) -> float:
-        """Mean score of the served model's own greedy replies to the canaries."""
-        told = self.served.replies(asked, _TALK_TOKENS)
-        scores = [
-            repetition([id for id, said in zip(e.input_ids, e.loss_mask, strict=True) if said])  # the reply alone
-            for e in told
-        ]
-        return sum(scores) / len(scores)
+
+def _repetition(told: Sequence[Example]) -> float:
+    """Mean score of replies."""
+    scores = [
+        repetition([id for id, said in zip(e.input_ids, e.loss_mask, strict=True) if said])  # the reply alone
+        for e in told
+    ]
+    return sum(scores) / len(scores)

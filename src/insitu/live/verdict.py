@@ -14,8 +14,8 @@ from insitu.live.limits import GuardLimits
 Level = Literal["pass", "warn", "refuse"]
 
 # Figure -> what it says of the update, in the words of a refusal. The limits are warn_FIGURE and max_FIGURE. The figures
-# themselves are measured in insitu.live.guard and insitu.live.transaction; all but repetition_rise and burn_in are nats per
-# token.
+# themselves are measured in insitu.live.guard and insitu.live.transaction; all but repetition_rise, leak and burn_in
+# are nats per token.
 CHECKS: Mapping[str, str] = {
     "canary_kl": "the update changed unrelated replies by {value:.2f} nats per token",
     "worst_kl": "the update changed the reply to canary {worst_canary} by {value:.2f} nats per token",
@@ -25,6 +25,7 @@ CHECKS: Mapping[str, str] = {
     "entropy_change": "the mean entropy of the next token changed by {value:.2f} nats, to {entropy:.2f}",
     "repetition_rise": "unrelated replies repeat themselves more: the score rose by {value:.2f}, to {repetition:.2f}",
     "gap_rise": "server and learner came to disagree by {value:.2f} nats per token more on the same text, {gap:.2f} in all",
+    "leak": "words of the lesson came into replies that it was not about: a share of {value:.2f} of the canaries",
     "burn_in": "the lesson was learned by heart: its tokens have a mean probability of {value:.3f}; stop earlier (target_loss)",
 }
 _WAY_OUT = {
