@@ -10,7 +10,7 @@ class GuardLimits:
     ``max_*`` it is refused and undone. A warn limit that is not below its max never warns.
 
     Where the defaults come from (SmolLM2-135M, docs/guide/trust.md): a lesson at the default settings ends at a canary KL of
-    0.05 to 0.11 and passes 0.19 on the way (APOLLO-Mini: 0.19 and 1.5); with ten times the learning rate, 7 of 12 unrelated
+    0.04 to 0.22 and passes 0.19 on the way (APOLLO-Mini: 0.19 and 1.5); with ten times the learning rate, 7 of 12 unrelated
     answers still right, at 0.38 and 1.26; without anchors, where a format or manner leaks into nearly every reply, at 0.45 to
     0.85; without anchors and with ten times the rate at 3.9; with a rate of 1e3 at 8.8.
     """
@@ -18,7 +18,7 @@ class GuardLimits:
     # The mean over all canaries. The gate has the max_ limit only: what a job passes on its way comes back.
     warn_canary_kl: float = 0.25
     max_canary_kl: float = 1.5
-    # The worst canary alone: one of nine can be ruined and move the mean by a ninth. A good lesson: 0.25.
+    # The worst canary alone: one of nine can be ruined and move the mean by a ninth. Good lessons: 0.07 to 0.79.
     warn_worst_kl: float = 1.0
     max_worst_kl: float = 4.0
     # How much less likely the old replies are. Good lessons: -0.03 to 0.16; leaking ones: 0.19 to 0.51.
@@ -30,7 +30,7 @@ class GuardLimits:
     max_drift_kl: float = 3.0
     warn_drift_loss: float = 0.75
     max_drift_loss: float = 3.0
-    # Nats of mean next-token entropy, up or down. It is 2.2 on the canaries that ship; a good lesson changes it by 0.11.
+    # Nats of mean next-token entropy, up or down. It is 2.2 on the canaries that ship; good lessons change it by 0.00 to 0.29.
     warn_entropy_change: float = 0.4
     max_entropy_change: float = 1.5
     # Of the mean score in [0, 1]: two of eight canaries that begin to loop warn, half of them refuse.
@@ -39,9 +39,9 @@ class GuardLimits:
     # Two engines differ on the same bf16 weights because their kernels add in another order; vLLM's gap moved by 0.002.
     warn_gap_rise: float = 0.05
     max_gap_rise: float = 0.1
-    # The share of canaries whose replies took over three tokens of the lesson. Of the twenty good lessons in
-    # benchmarks/guard_jobs.json it was none of 12 unrelated replies for nineteen, and 5 for the one that spoilt 5. It warns
-    # only: a manner may be meant for every reply.
+    # The share of canaries whose replies took over three tokens of the lesson. Of the twenty lessons in
+    # benchmarks/guard_jobs.json it was 0 or 1 of 8 for nineteen, and 4 for the one that left 8 of 12 unrelated answers right.
+    # It warns only: a manner may be meant for every reply.
     warn_leak: float = 0.2
     max_leak: float = 1.0
 
