@@ -3,7 +3,6 @@
 import copy
 import io
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch

@@ -180,7 +180,7 @@ class TensorWise(Optimizer):
         for group in self.param_groups:
             self._check(group)
         held = [place for place in self.places() if place.parameter.grad is not None and place.parameter.numel()]
-        write_tensors = self._prepare(held, _Backends())
+        write_tensors, _ = self._prepare(held, _Backends())
 
         @torch.no_grad()
         def write() -> None:
@@ -190,15 +190,23 @@ class TensorWise(Optimizer):
         return write
 
     @torch.no_grad()
-    def one_by_one(self) -> Callable[[Place], None]:
+    def one_by_one(self) -> Callable[[Place], Tensor]:
         """A step in which each tensor is updated as soon as its gradient is there; :meth:`observe` ends it.
 
-        Returns what updates one tensor, with the bits that :meth:`step` would give it: no formula asks for another tensor.
+        Returns what updates one tensor, with the bits that :meth:`step` would give it (no formula asks for another tensor),
+        and returns |G|^2, 0-dim float64.
         """
         for group in self.param_groups:
             self._check(group)
         backends = _Backends()
-        return torch.no_grad()(lambda place: self._prepare([place], backends)(backends))
+
+        @torch.no_grad()
+        def update(place: Place) -> Tensor:
+            write, squares = self._prepare([place], backends)
+            write(backends)
+            return squares[0]
+
+        return update
 
     def places(self) -> Iterator[Place]:
         """All parameters, and where each is found."""
@@ -208,8 +216,11 @@ class TensorWise(Optimizer):
                 yield Place(p, group, name_of(group, i, position), position)
                 position += 1
 
-    def _prepare(self, places: Sequence[Place], backends: _Backends) -> Callable[[_Backends], None]:
-        """Both halves of a step of these tensors, each of which has a gradient; the counts are still to be observed."""
+    def _prepare(
+        self, places: Sequence[Place], backends: _Backends
+    ) -> tuple[Callable[[_Backends], None], dict[int, Tensor]]:
+        """The first half of a step of these tensors, which have gradients; the second, still without :meth:`observe`, and the
+        |G|^2 of each."""
         tasks = [self._task(place, backends) for place in places]
         squares: dict[int, Tensor] = {}
 
@@ -228,7 +239,7 @@ class TensorWise(Optimizer):
                 task.state["step"].add_(finite & (square != 0))
                 task.state["skipped"].add_(~finite)
 
-        return write
+        return write, squares
 
     def observe(self, stepped: Iterable[Tensor]) -> None:
         """The end of a step of these tensors: the host will know, without waiting for a device, how many each has had."""

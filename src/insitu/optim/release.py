@@ -44,7 +44,8 @@ class GradientRelease:
 
     What differs from the plain step: a gradient that is not finite is found when other tensors have been updated already (with
     ``nonfinite="error"`` backward raises; "skip" is the same); options such as lr must not change between backward and
-    ``step()``. DDP keeps a copy of all gradients in its buckets, so there only ``.grad`` is saved.
+    ``step()``. Of a released gradient the norm is known still (``get_total_norm``, ``clip_grad_norm_(..., inf)``), and no
+    more. DDP keeps a copy of all gradients in its buckets, so there only ``.grad`` is saved.
 
     Raises:
         TypeError: not an optimizer of this package, or a ``ddp`` that is none.
@@ -126,12 +127,12 @@ class GradientRelease:
                 return
             try:
                 self._refuse_wrong(place)
-                self._round.update(place)
+                square = self._round.update(place)
             except BaseException:
                 self._close()
                 raise
             self._round.updated.append(p)
-            free(p, place.name, refilled=bool(self._ddp))
+            free(p, place.name, square, refilled=bool(self._ddp))
 
     def _averaged(self, p: Tensor, mean: Tensor) -> None:
         """As :meth:`_arrived`, from a bucket of DDP; ``.grad`` is still the gradient of this process alone."""
