@@ -14,6 +14,7 @@ from test_bits import all_of, bits
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 import insitu
@@ -210,6 +211,35 @@ def test_fsdp2(make: str, dtype: torch.dtype, world: int) -> None:
     descend(released, optimizers[1], 4, watched)
     assert_equal(plain, released, *optimizers)
     assert norms[0] == pytest.approx(norms[1], rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("release", [True, False])
+@on_ranks(2)
+def test_under_fsdp2_the_gradients_of_one_layer_live_at_a_time(release: bool, world: int) -> None:
+    # FSDP2 reduces the gradients of a layer into one piece of memory, of which each is a part.
+    m = fully_shard(
+        nn.Sequential(*[fully_shard(nn.Linear(16, 16), mesh=mesh(world)) for _ in range(5)]), mesh=mesh(world)
+    )
+    held: set[StorageWeakRef] = set()
+    most = 0
+
+    def look(p: Any) -> None:
+        nonlocal most, held
+        held = {storage for storage in held if not storage.expired()} | {
+            StorageWeakRef(p.grad.to_local().untyped_storage())
+        }
+        most = max(most, len(held))
+
+    for p in m.parameters():
+        p.register_post_accumulate_grad_hook(look)
+    optimizer = apollo()(m)
+    if release:
+        GradientRelease(optimizer)
+    for _ in range(2):
+        m(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert most == (1 if release else 5)
 
 
 @pytest.mark.parametrize("how", ["no sync", "accumulate"])
