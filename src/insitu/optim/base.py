@@ -156,7 +156,7 @@ class TensorWise(Optimizer):
         """ValueError for state that is no state of the tensors here. What does not match in number is torch's to refuse."""
         position = 0
         for mine, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
-            if missing := self.defaults.keys() - saved.keys():
+            if missing := self.defaults.keys() - saved.keys() - {"differentiable"}:  # which torch adds itself, later
                 raise ValueError(
                     f"the loaded group of {name_of(mine, 0, position)} has no {', '.join(sorted(missing))}: expected a "
                     f"state_dict of {type(self).__name__}; load it into the optimizer that made it, or start afresh"
