@@ -41,20 +41,21 @@ def memory(
     """
     import torch
 
-    from insitu.diagnostics.memory import OPTIMIZERS
+    from insitu.diagnostics.memory import OPTIMIZERS, Memory
+    from insitu.diagnostics.memory import memory as foretell
     from insitu.diagnostics.skeleton import ModelError, skeleton
 
     names = list(OPTIMIZERS) if optim in (None, [], ["all"]) else list(optim or ())
     if unknown := [name for name in names if name not in OPTIMIZERS]:
         sys.exit(f"insitu: --optim {unknown[0]!r} is unknown; expected one of {', '.join(OPTIMIZERS)}, or all")
-    rows, notes = [], []
+    rows: list[Memory] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             module = skeleton(model, getattr(torch, dtype))
             for name in names:
                 rows.append(
-                    memory(module, name, rank=rank, release=release, **_options(name, dense, moments, projection))
+                    foretell(module, name, rank=rank, release=release, **_options(name, dense, moments, projection))
                 )
             live = _live(module)
         except (ModelError, ValueError) as error:

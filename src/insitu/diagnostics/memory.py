@@ -85,7 +85,7 @@ def galore(p: Tensor, role: str, rank: int) -> State:
     """
     if role != "matrix" or p.ndim != 2:
         return {"exp_avg": p.nbytes, "exp_avg_sq": p.nbytes}
-    size = layout(*p.shape, rank)
+    size = layout(p.shape[0], p.shape[1], rank)
     moment = size.rank * size.channels * p.element_size()
     return {"exp_avg": moment, "exp_avg_sq": moment, "projector": size.rank * size.projected * p.element_size()}
 
@@ -164,7 +164,7 @@ def of_optimizer(model: nn.Module, optimizer: TensorWise, name: str) -> Memory:
 
 def of_peer(model: nn.Module, name: str, rank: int) -> Memory:
     """Of another library's optimizer over every trainable tensor of ``model``."""
-    state = {}
+    state: dict[str, dict[str, int]] = {}
     for group in param_groups(model):
         kinds: Counter[str] = Counter()
         for p in group["params"]:

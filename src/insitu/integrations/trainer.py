@@ -56,10 +56,13 @@ def trainer_optimizer(
             f"{foreign[0]}={getattr(args, foreign[0])!r}: {optimizer.__name__} has no such number; leave it out of the "
             f"training arguments, and give options to trainer_optimizer(args, {optimizer.__name__}, ...)"
         )
+    # Axolotl passes its training arguments beside the model.
     return lambda: lambda model, *_, **options: _build(optimizer, model, **options), {**given, **options}
 
 
-def _build(optimizer: type[TensorWise], model: nn.Module, *, weight_decay: float, **options: Any) -> TensorWise:
+def _build(
+    optimizer: Callable[..., TensorWise], model: nn.Module, *, weight_decay: float, **options: Any
+) -> TensorWise:
     from transformers import Trainer
 
     # The rule asks nothing of the trainer itself.
