@@ -22,7 +22,7 @@ def memory(
     moments: Literal["float32", "bfloat16"] = "float32",
     projection: Literal["gaussian", "rademacher", "sketch", "svd"] = "gaussian",
     release: bool = False,
-    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    json_file: Annotated[Path | None, Parameter(name="--json", allow_leading_hyphen=True)] = None,
 ) -> None:
     """Bytes of weights, gradients and optimizer state for training MODEL, from its shapes alone.
 
