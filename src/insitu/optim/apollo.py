@@ -210,6 +210,8 @@ class APOLLO(TensorWise):
         state = {k: distributed(torch.zeros(parts.moments, **of), size.moments, part, parts.placements) for k in names}
         norms = torch.zeros(size.norms and parts.stack[1:], device=p.device)
         state["update_norm"] = distributed(norms, size.norms, part, parts.norm_placements) if size.norms else norms
+        if group["projection"] == "svd":  # not known before the first gradient
+            state["projection"] = torch.zeros(size.stack or 1, size.rank, size.projected, device=p.device)
         return state
 
     def _links(self, task: Task) -> Links:
@@ -280,7 +282,7 @@ class APOLLOMini(APOLLO):
 
 def _singular(task: Task, size: Layout) -> Tensor:
     """The projections of "svd", (b, r, m): those of the state, or at a refresh the gradient's singular vectors."""
-    known = task.state.get("projection")
+    known = task.state.get("projection") if task.done else None
     if known is not None and task.done % task.group["refresh"]:
         return known  # type: ignore[no-any-return]
     assert task.parameter.grad is not None

@@ -166,7 +166,8 @@ class ApolloQN(TensorWise):
         )
 
     def _new_state(self, p: Tensor, group: dict[str, Any], part: Part, name: str) -> dict[str, Any]:
-        state = {k: _zeros(group, part) for k in ("exp_avg", "hessian")}
+        names = ("exp_avg", "hessian", "direction") if _keeps_direction(group) else ("exp_avg", "hessian")
+        state = {k: _zeros(group, part) for k in names}
         # Not 0, so that the direction before the first step is 0 / 1.
         return {**state, "floor": torch.ones((), device=p.device), "offset": torch.zeros((), device=p.device)}
 
@@ -174,7 +175,7 @@ class ApolloQN(TensorWise):
         group, precision = task.group, task.precision
         size = _BLOCK * torch.get_num_threads() if isinstance(task.backend, Blocked) else _CHUNK
         state = _state(task)
-        if group["weight_decay"] and group["decay"] != "l2" and state.d is None:  # from here on it is needed
+        if _keeps_direction(group) and state.d is None:  # from here on it is needed
             task.state["direction"] = _zeros(group, task.part)
             known, state = state, _state(task)
             assert state.d is not None
@@ -218,6 +219,11 @@ def _state(task: Task) -> State:
 def _zeros(group: dict[str, Any], part: Part) -> Tensor:
     local = torch.zeros(part.tensor.shape, dtype=_moment_dtype(group), device=part.tensor.device)
     return distributed(local, part.shape, part, part.placements)
+
+
+def _keeps_direction(group: dict[str, Any]) -> bool:
+    """Whether it holds a share of the weights, and so does not follow from the rest of the state."""
+    return bool(group["weight_decay"]) and group["decay"] != "l2"
 
 
 def _moment_dtype(group: dict[str, Any]) -> torch.dtype:
