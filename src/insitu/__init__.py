@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from insitu.optim import APOLLO, APOLLOMini, ApolloQN, ApolloQNW, param_groups, preset
+    from insitu.optim import APOLLO, APOLLOMini, ApolloQN, ApolloQNW, param_groups, preset, quantize
 
 __version__ = "0.1.0"
-__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "__version__", "param_groups", "preset"]
+__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "__version__", "param_groups", "preset", "quantize"]
 
 _HOMES = {
     "APOLLO": "insitu.optim",
@@ -19,6 +19,7 @@ _HOMES = {
     "ApolloQNW": "insitu.optim",
     "param_groups": "insitu.optim",
     "preset": "insitu.optim",
+    "quantize": "insitu.optim",
 }
 
 

@@ -2,7 +2,8 @@
 
 from insitu.optim.apollo import APOLLO, APOLLOMini
 from insitu.optim.groups import param_groups
+from insitu.optim.int8_layers import quantize
 from insitu.optim.presets import preset
 from insitu.optim.quasi_newton import ApolloQN, ApolloQNW
 
-__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "param_groups", "preset"]
+__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "param_groups", "preset", "quantize"]
