@@ -157,6 +157,7 @@ def _load(
         problem = _problem(found, part.shape, mine)
         if problem:
             errors.append(f"{prefix}weight: {problem}")
+            state_dict[prefix + "weight"] = layer.weight.detach()  # so that it is not reported as missing too
             return
         read = mine.with_data(here(found[_NAMES[0]]), here(found[_NAMES[1]]))
     elif isinstance(whole, Tensor) and whole.is_floating_point() and tuple(whole.shape) == part.shape:

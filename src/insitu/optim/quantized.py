@@ -33,7 +33,7 @@ class Int8Weight(Tensor):
         group_size: columns that share a scale; the last group of a row may be smaller.
 
     Only what a linear layer, a module, FSDP2 and the optimizers of this package need is defined. Anything else, such as an
-    optimizer that would add a float update to it, is a TypeError.
+    optimizer that would add a float update to it, is a NotImplementedError.
     """
 
     int_data: Tensor
@@ -89,7 +89,7 @@ class Int8Weight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func not in _OPERATIONS:
-            raise TypeError(
+            raise NotImplementedError(  # a TypeError from an operator would become Python's own
                 f"{func} is not defined for int8 weights: expected a linear layer (F.linear), or an optimizer of insitu, which "
                 "knows how they are stored; weight.dequantize() is a float copy"
             )
@@ -178,7 +178,7 @@ def _each(func: Callable[..., Any]) -> Callable[..., Int8Weight]:
 def _to_copy(w: Int8Weight, *, dtype: torch.dtype | None = None, **where: Any) -> Int8Weight:
     """``.to()``, ``.half()``, ``.cuda()``: another type is that of gradients; what is stored stays int8 and bfloat16."""
     if dtype is not None and dtype not in VISIBLE:
-        raise TypeError(
+        raise ValueError(
             f"an int8 weight cannot become {dtype}: expected {', '.join(map(str, VISIBLE))}; use dequantize()"
         )
     return w.with_data(aten._to_copy(w.int_data, **where), aten._to_copy(w.scale, **where), dtype)
@@ -187,7 +187,7 @@ def _to_copy(w: Int8Weight, *, dtype: torch.dtype | None = None, **where: Any) -
 def _copy(w: Int8Weight, source: Tensor, non_blocking: bool = False) -> Int8Weight:
     """In place, from a weight that is grouped in the same way."""
     if not isinstance(w, Int8Weight) or not isinstance(source, Int8Weight) or w.group_size != source.group_size:
-        raise TypeError(
+        raise ValueError(
             f"copy_ from {_told(source)} to {_told(w)}: expected int8 weights of one group size; load_state_dict of a module "
             "takes float weights too"
         )
@@ -203,7 +203,7 @@ def _told(tensor: Tensor) -> str:
 
 def _split(w: Int8Weight, size: int, dim: int = 0) -> list[Int8Weight]:
     if dim != 0 or w.shape[0] % size:
-        raise TypeError(
+        raise ValueError(
             f"an int8 weight of {tuple(w.shape)} cannot be cut into pieces of {size} along dimension {dim}: expected equal "
             "numbers of whole rows (FSDP2's Shard(0) on a number of ranks that divides them); leave such layers float with "
             "insitu.quantize(model, skip=[pattern])"
@@ -213,13 +213,13 @@ def _split(w: Int8Weight, size: int, dim: int = 0) -> list[Int8Weight]:
 
 def _rows(w: Int8Weight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Int8Weight:
     if dim != 0:
-        raise TypeError("an int8 weight is cut by whole rows only: expected dimension 0; use dequantize()")
+        raise ValueError("an int8 weight is cut by whole rows only: expected dimension 0; use dequantize()")
     return w.with_data(aten.slice(w.int_data, 0, start, end, step), aten.slice(w.scale, 0, start, end, step))
 
 
 def _new_zeros(w: Int8Weight, size: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Int8Weight:
     if len(size) != 2 or size[1] != w.shape[1]:
-        raise TypeError(f"an int8 weight of zeros has {w.shape[1]} columns as the other: {tuple(size)} was asked for")
+        raise ValueError(f"an int8 weight of zeros has {w.shape[1]} columns as the other: {tuple(size)} was asked for")
     device = w.device if device is None else device
     q = torch.zeros(tuple(size), dtype=torch.int8, device=device)
     return w.with_data(q, grouped(size[0], size[1], w.group_size, device).scale, dtype)
