@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import insitu
 from insitu.optim.quantized import Int8Weight
@@ -136,6 +137,28 @@ def test_checkpoints_across_ranks_and_from_one_process(world: int, shared_path: 
             assert torch.equal(full[name], value), name
 
 
+@pytest.mark.parametrize("as_view", [False, True])
+@on_ranks(2)
+def test_replicas_under_ddp_keep_the_same_bits(as_view: bool) -> None:
+    replica = nn.parallel.DistributedDataParallel(model(), init_sync=False, gradient_as_bucket_view=as_view)
+    whole = model()
+    optimizers = [optimizer(of, limiter=None) for of in (replica, whole)]
+    for step in range(3):
+        for of in (replica, whole):
+            of.zero_grad()
+        replica(some((4, 10), step, dist.get_rank())).square().mean().backward()
+        for rank in range(2):
+            (whole(some((4, 10), step, rank)).square().mean() / 2).backward()
+        for p, q in zip(replica.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        for optim in optimizers:
+            optim.step()
+    for name, value in replica.module.state_dict().items():
+        both = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(both, value)
+        assert torch.equal(*both), name
+
+
 @on_ranks(2)
 def test_what_is_refused(world: int) -> None:
     odd = nn.Sequential(nn.Linear(6, 9))
@@ -150,3 +173,7 @@ def test_what_is_refused(world: int) -> None:
     other = fully_shard(model(group_size=5), mesh=mesh(world))
     with pytest.raises(RuntimeError, match="saved with 5 columns to a scale, and the model has 4"):
         fully_shard(model(), mesh=mesh(world)).load_state_dict(other.state_dict())
+    with pytest.raises(NotImplementedError, match="is not defined for int8 weights"):
+        nn.parallel.DistributedDataParallel(model())
+    with pytest.raises(NotImplementedError, match="is not defined for int8 weights"):
+        parallelize_module(model(), mesh(world), {"0": ColwiseParallel()})(some((6, 10), 1))
