@@ -4,9 +4,10 @@ Symmetric, and row by row: a group never reaches into the next row; the last of 
 bits, so it is exact in float32, and what is written back unchanged is, bit for bit, what it was.
 
 A scale stays while the largest weight of its group is between 96 and 127 of it. Only then does a new one put that
-weight at 120, with room to both sides. If each write made the tightest scale, nearly every one would move all weights
-of a group to another grid, and the noise of that (on average a sixth of a squared step, for each weight) would be larger
-than the noise of rounding the update alone. The smallest scale is float32's smallest normal number: that of a group of zeros.
+weight at 120, with room to both sides. If each write made the tightest scale, nearly every one would move all weights of
+a group to another grid. The noise of that, x (1 - x) squared steps for a remainder x, so a sixth on average, is more than
+that of rounding the update alone where it is below a fifth of a step. The smallest scale is float32's smallest normal
+number, that of a group of zeros.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from torch import Tensor
 
 LARGEST = 127  # |q|; -128 is not used, so that W and -W are stored alike
 _FRESH = 120  # where a new scale puts the largest weight of its group
-_LOOSEST = (
-    96  # below which the largest weight asks for a new scale; an integer, so that rounding keeps it from doing so
-)
+_LOOSEST = 96  # below which it asks for a new scale; an integer, so that rounding alone never takes a weight below it
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
