@@ -202,6 +202,13 @@ def test_a_compiled_model_is_the_eager_one() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_compiled_code_is_cached_by_what_it_depends_on() -> None:
+    told = [layer(**how).weight._stable_hash_for_caching() for how in ({}, {}, {"group_size": 10}, {"rows": 10})]
+    told.append(layer().bfloat16().weight._stable_hash_for_caching())
+    assert told[0] == told[1]
+    assert len(set(told)) == 4
+
+
 # -- copies, types, files
 
 

@@ -11,6 +11,7 @@ The authors' implementation has uint8 with a zero point for each group; here the
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class Int8Weight(Tensor):
         inner: dict[str, Tensor], context: tuple[int, torch.dtype], size: Any, stride: Any
     ) -> Int8Weight:
         return Int8Weight(inner["int_data"], inner["scale"], *context)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code depends on, for torch's cache of it on disk."""
+        kind = (self.shape, self.scale.shape, self.group_size, self.dtype, self.device, self.requires_grad)
+        return sha256(f"{type(self).__qualname__} {kind}".encode()).hexdigest()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
