@@ -65,7 +65,7 @@ def param_groups(
     """
     if decays is not None and weight_decay is None:
         raise ValueError(f"decays names {len(decays)} parameters but no weight_decay: give both, or neither")
-    roles = _roles(model, head)
+    roles = roles_of(model, head)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     unused = set(adamw)
     for name, parameter in model.named_parameters():
@@ -91,7 +91,7 @@ def param_groups(
     return ParamGroups(groups[key] for key in order if key in groups)
 
 
-def _roles(model: nn.Module, head: str | None) -> dict[int, str]:
+def roles_of(model: nn.Module, head: str | None) -> dict[int, str]:
     """The role of every parameter, by identity; "conv" is "matrix" read as first dimension x rest."""
     heads = {id(module) for module in _heads(model, head)}
     roles: dict[int, str] = {}
