@@ -5,6 +5,7 @@ A backend is chosen once, when the optimizer is made, and every backend is compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,34 +16,65 @@ from insitu.optim.rounding import Precision
 
 
 class Backend(Protocol):
-    """The passes over full-size tensors. ``W`` is updated in place and stored as ``precision`` says.
+    """The passes over large tensors. Tensors of one shape come together, as lists of T.
 
-    ``live`` is 1.0 or 0.0, 0-dim: where it is 0.0 nothing may change, even if G holds NaN.
+    ``live`` (T,) is 1.0 or 0.0: where it is 0.0 nothing of that tensor may change, even if its G holds NaN. A ``Precision``
+    says how a tensor is stored; the arithmetic is float32.
     """
 
-    def measure(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """R = P G of each matrix, and |G_j|^2 per channel: (..., n)."""
+    def measure(
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+    ) -> tuple[Tensor, Tensor]:
+        """R = P G of each matrix (b of them in each G), and |G_j|^2 per channel, (T b, n); both float32.
+
+        Where ``per_channel`` is not asked for, |G|^2 as any number of parts will do: (T b, any).
+        """
         ...
 
-    def square(self, G: Tensor) -> Tensor:
-        """|G|^2 of a flat tensor, 0-dim float64."""
+    def norms(self, R: Tensor, side: int) -> Tensor:
+        """|R_j|^2 along ``side``: (T b, n)."""
+        ...
+
+    def direct(
+        self,
+        R: Tensor,
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
+        live: Tensor,
+        side: int,
+        *,
+        step: int,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> Tensor:
+        """M and V (b, ...), float32, in place, and |R~_j|^2 along ``side``: (T b, n). The content of R is lost."""
+        ...
+
+    def square(self, G: Sequence[Tensor]) -> Tensor:
+        """|G|^2 of flat tensors: (T,) float64."""
         ...
 
     def apply(
-        self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, live: Tensor, precision: Precision
+        self,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        eta_s: Tensor,
+        decay: Tensor | None,
+        live: Tensor,
+        precisions: Sequence[Precision],
     ) -> None:
-        """W <- W (1 - decay) - G eta_s."""
+        """W <- W (1 - decay) - G eta_s, in place; ``eta_s`` (T b, rows or 1, cols or 1), ``decay`` (T b,)."""
         ...
 
     def adamw(
         self,
-        W: Tensor,
-        G: Tensor,
-        M: Tensor,
-        V: Tensor,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
         live: Tensor,
-        precision: Precision,
-        moments: tuple[Precision, Precision],
+        precisions: Sequence[Precision],
+        moments: Sequence[tuple[Precision, Precision]],
         *,
         step: int,
         lr: float | Tensor,
@@ -51,7 +83,7 @@ class Backend(Protocol):
         weight_decay: float,
         maximize: bool,
     ) -> None:
-        """AdamW on a flat tensor; M and V in place, stored as ``moments`` says."""
+        """AdamW on flat tensors; W, M and V in place, M and V stored as ``moments`` says."""
         ...
 
 
