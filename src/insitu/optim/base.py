@@ -210,7 +210,8 @@ class TensorWise(Optimizer):
                     if not finite:
                         _refuse_nonfinite(task)
 
-        writes = run([self._plan(each) for each in plans], [self._links(each[0]) for each in plans], inspect)
+        links = [self._links(each[0]) if len(each) == 1 else Links() for each in plans]
+        writes = run([self._plan(each) for each in plans], links, inspect)
 
         @torch.no_grad()
         def write() -> None:

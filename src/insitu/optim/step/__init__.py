@@ -5,6 +5,11 @@ A backend is chosen once, when the optimizer is made, and every backend is compa
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import os
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +18,8 @@ from torch import Tensor
 
 from insitu.optim.projection import Projection
 from insitu.optim.rounding import Precision
+
+_log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -88,9 +95,66 @@ class Backend(Protocol):
 
 
 def choose(name: str, device: torch.device) -> Backend:
-    """The backend for tensors on ``device``: "auto" takes blocks on a CPU, where the cache decides."""
-    from insitu.optim.step import blocked, reference
+    """The backend for tensors on ``device``; the one place of choice.
 
-    if name == "blocked" or (name == "auto" and device.type == "cpu"):
-        return blocked.Blocked(device)
-    return reference.Reference()
+    "auto" is Triton on CUDA where it can be imported, blocks on a CPU (which never compile), else the reference. "compiled"
+    without a compiler warns once and takes what "auto" would, had it no Triton.
+
+    Raises:
+        ValueError: "triton" where it cannot run, "blocked" where there is no CPU.
+    """
+    picked = _picked(name, device.type)
+    if picked == "triton":
+        from insitu.optim.step.triton import Triton
+
+        return Triton()
+    if picked == "compiled":
+        from insitu.optim.step.compiled import Compiled
+
+        return Compiled(_plain(device))
+    return _plain(device) if picked == "blocked" else _reference()
+
+
+@functools.cache
+def _picked(name: str, device_type: str) -> str:
+    """Decided once, and said."""
+    picked = name
+    if name == "auto":
+        picked = "blocked" if device_type == "cpu" else "triton" if _triton_lacks(device_type) is None else "reference"
+    elif name == "blocked" and device_type != "cpu":
+        raise ValueError(f"backend='blocked' on {device_type}: it is for CPUs; use backend='auto'")
+    elif name == "triton" and (lack := _triton_lacks(device_type)):
+        raise ValueError(f"backend='triton' cannot run on {device_type}: {lack}; use backend='auto'")
+    elif name == "compiled":
+        from insitu.optim.step.compiled import missing_compiler
+
+        if lack := missing_compiler(torch.device(device_type)):
+            picked = "blocked" if device_type == "cpu" else "reference"
+            warnings.warn(
+                f"backend='compiled' on {device_type} finds {lack}: {picked!r} does the steps instead, with the same numbers",
+                UserWarning,
+                stacklevel=2,
+            )
+    _log.info("optimizer steps on %s: backend=%r is %r", device_type, name, picked)
+    return picked
+
+
+def _triton_lacks(device_type: str) -> str | None:
+    """Why Triton cannot run there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return "it needs a CUDA device (or TRITON_INTERPRET=1, set before Python starts, to try it slowly on a CPU)"
+
+
+def _plain(device: torch.device) -> Backend:
+    from insitu.optim.step.blocked import Blocked
+
+    return Blocked(device) if device.type == "cpu" else _reference()
+
+
+def _reference() -> Backend:
+    from insitu.optim.step.reference import Reference
+
+    return Reference()

@@ -8,6 +8,7 @@ decay) is done block by block, in scratch memory that is reused. Fresh pages wou
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from insitu.optim.rounding import Precision, Scratch, make_scratch
 from insitu.optim.step import reference
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
-_READ_ELEMENTS = 1 << 18  # where a block is only read: 1 MB, half of a core's cache
+_READ_ELEMENTS = 1 << 19  # where a block is only read: 2 MB
 _FEWEST_COLUMNS = 256  # of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
@@ -41,7 +42,9 @@ class Blocked:
         G_sq = torch.zeros(len(R), (rows if channel_dim == -2 else cols) if per_channel else 1, device=self._device)
         for i, matrix in enumerate(matrix for stack in G for matrix in stack):
             projection = _one(projections[i // num], i % num)
-            if channel_dim == -2:
+            if matrix.numel() == 0:  # a part of a sharded tensor may be empty
+                R[i].zero_()
+            elif channel_dim == -2:
                 self._measure_tall(matrix, projection, R[i], G_sq[i])
             elif isinstance(projection, Sketch):
                 self._measure_wide_sketch(matrix, projection, R[i], G_sq[i])
@@ -65,15 +68,14 @@ class Blocked:
 
     def _sketch_rows(self, g: Tensor, sketch: Sketch, out: Tensor) -> None:
         """The coordinates of each bucket, one after the other: the order has them ``rank`` apart."""
-        mixed = torch.index_select(
-            g, 1, sketch.order, out=self._buffer("mixed", len(g) * len(sketch.order)).view(len(g), -1)
+        mixed = self._buffer("mixed", len(g) * len(sketch.order)).view(len(g), -1)
+        torch.index_select(g, 1, sketch.order, out=mixed)
+        first, *others = zip(
+            mixed.view(len(g), -1, sketch.rank).unbind(1), sketch.signs.view(-1, sketch.rank).unbind(), strict=True
         )
-        each = zip(mixed.split(sketch.rank, 1), sketch.signs.split(sketch.rank), strict=True)
-        for k, (values, signs) in enumerate(each):
-            if k:
-                out.addcmul_(values, signs)
-            else:
-                torch.mul(values, signs, out=out)
+        torch.mul(*first, out=out)
+        for values, signs in others:
+            out.addcmul_(values, signs)
 
     def _measure_wide(self, G: Tensor, P: Tensor, R: Tensor, G_sq: Tensor) -> None:
         for first, count in _blocks(*G.shape, _READ_ELEMENTS * self._threads):
@@ -100,21 +102,24 @@ class Blocked:
         G_sq.addmv_(squared.t(), torch.ones(len(g), device=self._device))  # much faster than a sum over rows
 
     def norms(self, R: Tensor, side: int) -> Tensor:
-        """As the reference, a matrix at a time."""
+        """As the reference; as many matrices at a time as stay in the cache."""
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
-        for R_one, found in zip(R, out, strict=True):
-            self._add_squares(R_one, side, found)
+        for first, count in _blocks(len(R), R[0].numel(), _READ_ELEMENTS * self._threads):
+            self._add_squares(R.narrow(0, first, count), side, out.narrow(0, first, count))
         return out
 
     def _add_squares(self, R: Tensor, side: int, found: Tensor) -> None:
-        """Add |R_j|^2 of some rows of R: of each row, or of all columns."""
-        if side == -1 and R.is_contiguous():
-            torch.linalg.vector_norm(R, dim=-1, out=found).square_()
-        elif side == -1:  # one process's part of a tensor that is sharded
-            found.copy_(R.square().sum(-1))
+        """Add |R_j|^2 along ``side``, (k, n), of some rows of k matrices."""
+        if R.shape[side] == 1:
+            found.addcmul_(R.squeeze(side), R.squeeze(side))
+        elif side == -1:
+            found.add_(torch.linalg.vector_norm(R, dim=-1).square_())
+        elif not R.is_contiguous():  # the part of a sharded tensor
+            found.add_(R.square().sum(-2))
         else:
-            for first, count in _blocks(*R.shape, _READ_ELEMENTS * self._threads):
-                self._add_column_squares(R.narrow(0, first, count), found)
+            for matrix, its in zip(R, found, strict=True):
+                for block in _blocks(*matrix.shape, _READ_ELEMENTS * self._threads):
+                    self._add_column_squares(matrix.narrow(0, *block), its)
 
     def direct(
         self,
@@ -130,29 +135,40 @@ class Blocked:
     ) -> Tensor:
         """As the reference, by torch's fused Adam: with weights of 0 and a rate of 1 it leaves -R~."""
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
-        num, steps = len(M[0]), torch.tensor(float(step))
-        lively = live.tolist()
-        for i, R_one in enumerate(R):
-            t, b = divmod(i, num)
-            if not lively[t]:
-                continue
-            for first, count in _blocks(*R_one.shape, _READ_ELEMENTS * self._threads):
-                r, m, v = (x.narrow(0, first, count) for x in (R_one, M[t][b], V[t][b]))
-                direction = self._adam(r.contiguous(), m, v, steps, betas, eps)
-                self._add_squares(direction, side, out[i].narrow(0, first, count) if side == -1 else out[i])
+        numbers: dict[str, Any] = {"step": step, "betas": betas, "eps": eps}
+        lively, elements = live.tolist(), _READ_ELEMENTS * self._threads
+        if len(M[0]) == 1 and all(lively) and R[0].numel() <= elements:  # several tensors in one call
+            for first, count in _blocks(len(R), R[0].numel(), elements):
+                these = slice(first, first + count)
+                direction = self._adam(R[these].contiguous(), M[these], V[these], **numbers)
+                self._add_squares(direction, side, out[these])
+            return out
+        for i, (t, b) in enumerate(divmod(i, len(M[0])) for i in range(len(R))):
+            for block in _blocks(*R.shape[1:], elements) if lively[t] else ():
+                r, m, v = (x.narrow(0, *block)[None] for x in (R[i], M[t][b], V[t][b]))
+                found = out[i : i + 1]
+                direction = self._adam(r.contiguous(), [m], [v], **numbers)
+                self._add_squares(direction, side, found.narrow(1, *block) if side == -1 else found)
         return out
 
-    def _adam(self, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
-        """-R~ in scratch memory; m and v in place."""
-        if not (m.is_contiguous() and v.is_contiguous()):  # the moments of a sharded tensor
-            live = torch.ones((), device=self._device)
-            return reference.adam_direction(g, m, v, live, step=int(steps), betas=betas, eps=eps).neg_()
-        zero = self._buffer("direction", g.numel()).view(g.shape).zero_()
+    def _adam(
+        self,
+        R: Tensor,
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
+        *,
+        step: int,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> Tensor:
+        """-R~ in scratch memory; M and V in place."""
+        direction = self._buffer("direction", R.numel()).view(R.shape).zero_()
+        each = ([x.view(m.shape) for x, m in zip(of.unbind(), M, strict=True)] for of in (direction, R))
         torch._fused_adam_(
-            [zero], [g], [m], [v], [], [steps],
+            *each, list(M), list(V), [], [torch.tensor(float(step))] * len(M),
             lr=1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
-        return zero
+        return direction
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, a block of elements at a time."""
@@ -212,10 +228,17 @@ class Blocked:
         """As the reference: by torch's fused AdamW where all is float32, else a block of elements at a time."""
         some = [i for i, alive in enumerate(live.tolist()) if alive]
         plain = [
-            i for i in some if all(x.dtype == torch.float32 and x.is_contiguous() for x in (W[i], G[i], M[i], V[i]))
+            i
+            for i in some
+            if all(x.dtype == torch.float32 and x.is_contiguous() for x in (W[i], G[i], M[i], V[i]))
+            and not numbers["maximize"]  # torch's would keep moments of -G
         ]
         if plain:
-            _fused_adamw(*([x[i] for i in plain] for x in (W, G, M, V)), **numbers)
+            (beta1, beta2), lr, step = numbers["betas"], float(numbers["lr"]), torch.tensor(float(numbers["step"]))
+            torch._fused_adamw_(
+                *([x[i] for i in plain] for x in (W, G, M, V)), [], [step] * len(plain), lr=lr, beta1=beta1, beta2=beta2,
+                weight_decay=numbers["weight_decay"], eps=numbers["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
         for i in set(some) - set(plain):
             self._adamw(W[i], G[i], M[i], V[i], live[i], precisions[i], moments[i], **numbers)
 
@@ -271,28 +294,9 @@ class Blocked:
         return self._buffer("work", x.numel()).view(x.shape).copy_(x)
 
 
-def _fused_adamw(
-    W: list[Tensor],
-    G: list[Tensor],
-    M: list[Tensor],
-    V: list[Tensor],
-    *,
-    step: int,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    torch._fused_adamw_(
-        W, G, M, V, [], [torch.tensor(float(step))] * len(W),
-        lr=float(lr), beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize,
-    )  # fmt: skip
-
-
 def _blocks(num: int, width: int, elements: int, at_least: int = 1) -> Iterator[tuple[int, int]]:
-    """(first, count) of the blocks of about ``elements`` that cut ``num`` slices of ``width`` elements each."""
-    size = max(at_least, elements // max(1, width))
+    """(first, count) of the equal blocks of about ``elements`` that cut ``num`` slices of ``width`` elements each."""
+    size = max(at_least, -(-num // max(1, ceil(num * width / elements))))
     for first in range(0, num, size):
         yield first, min(size, num - first)
 
