@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from insitu.optim import options
-from insitu.optim.base import Task, TensorWise, Write
+from insitu.optim.base import Task, TensorWise, Write, contiguous
 from insitu.optim.elementwise import arithmetic, plan_adamw, plan_sgd
 from insitu.optim.exchange import Links, Plan
 from insitu.optim.projection import (
@@ -218,44 +219,56 @@ class APOLLO(TensorWise):
         size = _layout(task.parameter, task.group, task.name)
         return split(task.part, size, task.name).links if size else super()._links(task)
 
-    def _plan(self, task: Task) -> Plan[Write]:
+    def _together(self, task: Task) -> Hashable:
+        if task.part.mesh is not None or task.group["projection"] == "svd":
+            return None
+        p = task.parameter
+        # Also by how they are stored: an int8 weight says that it is float.
+        return id(task.group), p.shape, task.part.tensor.dtype, p.device, task.gradient.dtype, task.done
+
+    def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
+        task = tasks[0]
         size = _layout(task.parameter, task.group, task.name)
         if size:
-            return self._plan_matrix(task, size)
-        return plan_sgd(task) if _sgd(task.group) else plan_adamw(task)
+            return self._plan_matrices(tasks, size)
+        return plan_sgd(tasks) if _sgd(task.group) else plan_adamw(tasks)
 
-    def _plan_matrix(self, task: Task, size: Layout) -> Plan[Write]:
-        group, parts = task.group, split(task.part, size, task.name)
-        G = task.gradient.reshape(parts.local)
-        M, V = task.moments("exp_avg", "exp_avg_sq")
-        vectors = _singular(task, size) if group["projection"] == "svd" else None
-        if vectors is None:
-            projection = self._random(task, size, parts)
-        else:
-            projection = narrow(vectors.narrow(0, *parts.stack), *parts.projected)
+    def _plan_matrices(self, tasks: Sequence[Task], size: Layout) -> Plan[Write]:
+        group, part = tasks[0].group, tasks[0].part
+        parts = split(part, size, tasks[0].name)
+        G = [task.gradient.reshape(parts.local) for task in tasks]
+        moments = [task.moments("exp_avg", "exp_avg_sq") for task in tasks]
+        M, V = ([each.view(parts.local[0], *each.shape[-2:]) for each in kind] for kind in zip(*moments, strict=True))
+        vectors = _singular(tasks[0], size) if group["projection"] == "svd" else None
+        projections = (
+            [self._random(task, size, parts) for task in tasks]
+            if vectors is None
+            else [narrow(vectors.narrow(0, *parts.stack), *parts.projected)]
+        )
         eta_s, decay, live = yield from plan(
             G,
-            M.view(len(G), *M.shape[-2:]),
-            V.view(len(G), *V.shape[-2:]),
-            local_of(task.state["update_norm"]).view(-1),
-            projection,
+            M,
+            V,
+            [local_of(task.state["update_norm"]).view(-1) for task in tasks],
+            projections,
             channel_dim=size.channel_dim,
+            whole=part.mesh is None,
             alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
             granularity=_granularity(group),
             denominator=group["denominator"],
             limiter=group["limiter"],
-            backend=task.backend,
-            **arithmetic(task),
+            backend=tasks[0].backend,
+            **arithmetic(tasks[0]),
         )
-        task.store_moments({"exp_avg": M, "exp_avg_sq": V})
+        for task, (m, v) in zip(tasks, moments, strict=True):
+            task.store_moments({"exp_avg": m, "exp_avg_sq": v})
         if vectors is not None:
-            task.state["projection"] = torch.where(live > 0, vectors, task.state.get("projection", vectors))
+            state = tasks[0].state
+            state["projection"] = torch.where(live > 0, vectors, state.get("projection", vectors))
 
         def write(backend: Backend) -> None:
-            W = task.part.tensor.contiguous()
-            backend.apply(W.view(parts.local), G, eta_s, decay, live, task.precision)
-            if W is not task.part.tensor:
-                task.part.tensor.copy_(W)
+            with contiguous(tasks, parts.local) as W:
+                backend.apply(W, G, eta_s, decay, live, [task.precision for task in tasks])
 
         return write
 

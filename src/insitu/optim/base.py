@@ -6,7 +6,8 @@ need few collectives, and what a user gave is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -77,6 +78,17 @@ class Task(NamedTuple):
         return Precision()
 
 
+@contextmanager
+def contiguous(tasks: Sequence[Task], shape: Sequence[int]) -> Iterator[list[Tensor]]:
+    """The weights, each as ``shape``, to be written; those that are not contiguous are copies, and copied back."""
+    weights = [task.part.tensor for task in tasks]
+    W = [weight.contiguous() for weight in weights]
+    yield [w.view(shape) for w in W]
+    for weight, w in zip(weights, W, strict=True):
+        if w is not weight:
+            weight.copy_(w)
+
+
 class TensorWise(Optimizer):
     """A torch optimizer whose update is made tensor by tensor; the base of all optimizers of this package."""
 
@@ -118,10 +130,15 @@ class TensorWise(Optimizer):
         """Over which process groups the tensor's sums go."""
         return task.part.links
 
-    def _plan(self, task: Task) -> Plan[Write]:
-        """The first half of a step of one tensor; returns the second, which writes the weights.
+    def _together(self, task: Task) -> Hashable:
+        """Equal for tensors that may go through a step together, as one plan; None for one that goes alone."""
+        return None
 
-        The first row of its Sum is |G|^2. Where that is 0 or not finite, nothing may change.
+    def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
+        """The first half of a step of tensors that go together; returns the second, which writes the weights.
+
+        The first row of its Sum is |G|^2, of each tensor if there are several. Where that is 0 or not finite, nothing of the
+        tensor may change.
         """
         raise NotImplementedError
 
@@ -240,7 +257,7 @@ class TensorWise(Optimizer):
         def update(place: Place) -> Tensor:
             write, squares = self._prepare([place], backends)
             write(backends)
-            return squares[0]
+            return squares[0][0]
 
         return update
 
@@ -256,24 +273,33 @@ class TensorWise(Optimizer):
         self, places: Sequence[Place], backends: _Backends
     ) -> tuple[Callable[[_Backends], None], dict[int, Tensor]]:
         """The first half of a step of these tensors, which have gradients; the second, still without :meth:`observe`, and the
-        |G|^2 of each."""
+        |G|^2 of each, by bundle."""
         tasks = [self._task(place, backends) for place in places]
+        bundles: dict[Hashable, list[Task]] = {}
+        for i, task in enumerate(tasks):
+            key = self._together(task)
+            bundles.setdefault(i if key is None else (key,), []).append(task)
+        plans = list(bundles.values())
         squares: dict[int, Tensor] = {}
 
-        def inspect(i: int, totals: Tensor) -> None:
-            task, square = tasks[i], totals[0]
+        def inspect(i: int, own: Tensor, totals: Tensor) -> None:
+            together = plans[i]
+            square = totals[:1] if len(together) == 1 else own[0].view(len(together), -1).sum(1)
             squares[i] = square
-            if readable(square) and not square.isfinite():
-                _refuse_nonfinite(task)
+            if readable(square) and not square.isfinite().all():
+                for task, finite in zip(together, square.isfinite().tolist(), strict=True):
+                    if not finite:
+                        _refuse_nonfinite(task)
 
-        writes = run([self._plan(task) for task in tasks], [self._links(task) for task in tasks], inspect)
+        links = [self._links(each[0]) if len(each) == 1 else Links() for each in plans]
+        writes = run([self._plan(each) for each in plans], links, inspect)
 
         def write(backends: _Backends) -> None:
-            for i, (task, write_tensor) in enumerate(zip(tasks, writes, strict=True)):
-                write_tensor(backends.of(task.group, task.part.tensor))
-                finite, square = squares[i].isfinite(), squares[i]
-                task.state["step"].add_(finite & (square != 0))
-                task.state["skipped"].add_(~finite)
+            for i, (together, write_tensors) in enumerate(zip(plans, writes, strict=True)):
+                write_tensors(backends.of(together[0].group, together[0].part.tensor))
+                finite = squares[i].isfinite()
+                for count, counted in (("step", finite & (squares[i] != 0)), ("skipped", ~finite)):
+                    torch._foreach_add_([task.state[count] for task in together], list(counted.long().unbind()))
 
         return write, squares
 

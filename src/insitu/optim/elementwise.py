@@ -3,9 +3,12 @@ sum of squares."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from insitu.optim.base import Task, Write
+from torch import Tensor
+
+from insitu.optim.base import Task, Write, contiguous
 from insitu.optim.exchange import Plan, Sum
 from insitu.optim.sharding import local_of
 from insitu.optim.step import Backend
@@ -18,36 +21,37 @@ def arithmetic(task: Task) -> dict[str, Any]:
     return {"step": task.done + 1, "betas": tuple(task.group["betas"]), **options}
 
 
-def plan_adamw(task: Task) -> Plan[Write]:
+def _live(tasks: Sequence[Task], G: list[Tensor]) -> Plan[Tensor]:
+    """1.0 or 0.0 for each of tensors of one shape, (T,); only one tensor if it is sharded."""
+    own, everything, _ = yield Sum(tasks[0].backend.square(G).view(1, -1))
+    return is_live(everything if len(tasks) == 1 else own[0])
+
+
+def plan_adamw(tasks: Sequence[Task]) -> Plan[Write]:
     """What is not projected: AdamW, element by element."""
-    G = task.gradient.reshape(-1)
-    _, (square,), _ = yield Sum(task.backend.square(G).view(1, 1))
-    live = is_live(square)
+    G = [task.gradient.reshape(-1) for task in tasks]
+    live = yield from _live(tasks, G)
 
     def write(backend: Backend) -> None:
-        W = task.part.tensor.contiguous()
-        M, V = (local_of(task.state[name]).view(-1) for name in ("exp_avg", "exp_avg_sq"))
-        how = (task.moment_precision("exp_avg"), task.moment_precision("exp_avg_sq"))
-        backend.adamw(W.view(-1), G, M, V, live, task.precision, how, **arithmetic(task))
-        if W is not task.part.tensor:
-            task.part.tensor.copy_(W)
+        M, V = ([local_of(task.state[name]).view(-1) for task in tasks] for name in ("exp_avg", "exp_avg_sq"))
+        how = [(task.moment_precision("exp_avg"), task.moment_precision("exp_avg_sq")) for task in tasks]
+        precisions = [task.precision for task in tasks]
+        with contiguous(tasks, (-1,)) as W:
+            backend.adamw(W, G, M, V, live, precisions, how, **arithmetic(tasks[0]))
 
     return write
 
 
-def plan_sgd(task: Task) -> Plan[Write]:
+def plan_sgd(tasks: Sequence[Task]) -> Plan[Write]:
     """Plain SGD with decoupled decay, and no state: G times eta."""
-    group = task.group
-    G = task.gradient.reshape(1, -1, task.precision.width)
-    _, (square,), _ = yield Sum(task.backend.square(G.view(-1)).view(1, 1))
-    live = is_live(square)
+    group = tasks[0].group
+    G = [task.gradient.reshape(1, -1, task.precision.width) for task in tasks]
+    live = yield from _live(tasks, [g.view(-1) for g in G])
     eta = live * (-group["lr"] if group["maximize"] else group["lr"])
     decay = live * (group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
 
     def write(backend: Backend) -> None:
-        W = task.part.tensor.contiguous()
-        backend.apply(W.view(G.shape), G, eta.view(1, 1, 1), decay, live, task.precision)
-        if W is not task.part.tensor:
-            task.part.tensor.copy_(W)
+        with contiguous(tasks, G[0].shape) as W:
+            backend.apply(W, G, eta.view(-1, 1, 1), decay, live, [task.precision for task in tasks])
 
     return write

@@ -69,7 +69,7 @@ Summed = tuple[Tensor, Tensor, Tensor | None]
 
 
 def run(
-    plans: Sequence[Plan[Result]], links: Sequence[Links], inspect: Callable[[int, Tensor], None] | None = None
+    plans: Sequence[Plan[Result]], links: Sequence[Links], inspect: Callable[[int, Tensor, Tensor], None] | None = None
 ) -> list[Result]:
     """Carry every plan to its end and return what each returns.
 
@@ -93,7 +93,7 @@ def run(
         answers = exchange(list(asked.values()), [links[i] for i in asked])
         if kind is Sum and inspect is not None:
             for i, answer in zip(asked, answers, strict=True):
-                inspect(i, answer[1])
+                inspect(i, answer[0], answer[1])
         for i, answer in zip(asked, answers, strict=True):
             advance(i, answer)
     assert not waiting, "a plan asked in another order than Scatter, Sum, Gather"

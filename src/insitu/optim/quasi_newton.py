@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -171,7 +172,8 @@ class ApolloQN(TensorWise):
         # Not 0, so that the direction before the first step is 0 / 1.
         return {**state, "floor": torch.ones((), device=p.device), "offset": torch.zeros((), device=p.device)}
 
-    def _plan(self, task: Task) -> Plan[Write]:
+    def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
+        (task,) = tasks
         group, precision = task.group, task.precision
         size = _BLOCK * torch.get_num_threads() if isinstance(task.backend, Blocked) else _CHUNK
         size = max(1, size // precision.width) * precision.width

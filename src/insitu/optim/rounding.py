@@ -33,10 +33,10 @@ def _scalar(word: int) -> Tensor:
 
 
 Index = int | Tensor
-_WEYL = 0x9E3779B1
+WEYL, MIXER = 0x9E3779B1, 0x85EBCA6B
 _PIECE = 1 << 16  # elements rounded at a time by a thread, so that the scratch stays in the cache of its core
 _PERIOD = 1 << 33  # elements after which the 32-bit counter of words starts again
-_MIXER, _SHIFT, _UPPER = map(_scalar, (0x85EBCA6B, 15, 0xFFFF0000))
+_MIXER, _SHIFT, _UPPER = map(_scalar, (MIXER, 15, 0xFFFF0000))
 
 
 class Scratch(NamedTuple):
@@ -49,21 +49,45 @@ class Scratch(NamedTuple):
 
 def make_scratch(device: torch.device, elements: int, bits: Tensor | None = None) -> Scratch:
     """Scratch to round pieces of up to ``elements`` (at least 2); ``bits`` may be memory that is free at that time."""
-    counters = torch.arange(elements // 2 + 1, dtype=torch.int32, device=device) * _scalar(_WEYL)
+    counters = torch.arange(elements // 2 + 1, dtype=torch.int32, device=device) * _scalar(WEYL)
     if bits is None:
         bits = torch.empty(elements, dtype=torch.int32, device=device)
     return Scratch(counters, torch.empty_like(counters), bits)
 
 
-def _random_bits(key: int, start: int, count: int, scratch: Scratch) -> Tensor:
-    """(count,) int32, 16 random bits each, for the elements from global index ``start`` on."""
+def hash_numbers(key: int, start: int) -> tuple[int, int, int]:
+    """(base, factor, odd), int32, of the words of the elements from ``start`` on, up to the next multiple of 2^33.
+
+    Element i takes a half, low or high as i + odd is even or odd, of the word that follows from the int32
+    w = base + WEYL * ((i + odd) >> 1) by w ^= w >> 15, w *= factor, w ^= w >> 15, w *= MIXER.
+    """
     first, odd = divmod(start, 2)
-    num = (odd + count + 1) // 2
-    words, shifted = scratch.words[:num], scratch.bits[:num]
     # What lies above the counter's 32 bits enters through the key.
     low, factor = divmod(mix(key, first >> 32), 1 << 31)
-    torch.add(scratch.counters[:num], _signed(first * _WEYL + low), out=words)
-    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_signed(2 * factor + 1))
+    return _signed(first * WEYL + low), _signed(2 * factor + 1), odd
+
+
+def hashed_bits(base: Tensor, factor: Tensor, odd: Tensor, index: Tensor) -> Tensor:
+    """As ``_random_bits``, in one expression for a compiler; ``index`` (int32) counts from 0, the numbers are 0-dim int32."""
+    place = index + odd
+    word = base + (place >> 1) * _signed(WEYL)
+    word = (word ^ (word >> 15)) * factor
+    word = (word ^ (word >> 15)) * _signed(MIXER)
+    return (word >> ((place & 1) << 4)) & 0xFFFF
+
+
+def in_one_period(start: int, count: int) -> bool:
+    """Whether ``hash_numbers`` of the first holds for all of ``count`` elements."""
+    return start // _PERIOD == (start + count - 1) // _PERIOD
+
+
+def _random_bits(key: int, start: int, count: int, scratch: Scratch) -> Tensor:
+    """(count,) int32, 16 random bits each, for the elements from global index ``start`` on."""
+    base, factor, odd = hash_numbers(key, start)
+    num = (odd + count + 1) // 2
+    words, shifted = scratch.words[:num], scratch.bits[:num]
+    torch.add(scratch.counters[:num], base, out=words)
+    words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(factor)
     words.bitwise_xor_(torch.bitwise_right_shift(words, _SHIFT, out=shifted)).mul_(_MIXER)
     return scratch.bits[:count].copy_(words.view(torch.uint16)[odd : odd + count])
 
@@ -74,7 +98,7 @@ def _random_bits_at(key: int, index: Tensor) -> Tensor:
     out = torch.empty(len(index), dtype=torch.int32, device=index.device)
     for period in torch.unique(first >> 32).tolist():  # one, but for tensors beyond 2^33 elements
         low, factor = divmod(mix(key, period), 1 << 31)
-        words = (first * _WEYL + low).to(torch.int32)
+        words = (first * WEYL + low).to(torch.int32)
         words.bitwise_xor_(words >> _SHIFT).mul_(_signed(2 * factor + 1))
         words.bitwise_xor_(words >> _SHIFT).mul_(_MIXER)
         here = first >> 32 == period

@@ -5,6 +5,12 @@ A backend is chosen once, when the optimizer is made, and every backend is compa
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,36 +19,69 @@ from torch import Tensor
 from insitu.optim.projection import Projection
 from insitu.optim.rounding import Precision
 
+_log = logging.getLogger(__name__)
+
 
 class Backend(Protocol):
-    """The passes over full-size tensors. ``W`` is updated in place and stored as ``precision`` says.
+    """The passes over large tensors. Tensors of one shape come together, as lists of T.
 
-    ``live`` is 1.0 or 0.0, 0-dim: where it is 0.0 nothing may change, even if G holds NaN.
+    ``live`` (T,) is 1.0 or 0.0: where it is 0.0 nothing of that tensor may change, even if its G holds NaN. A ``Precision``
+    says how a tensor is stored; the arithmetic is float32.
     """
 
-    def measure(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """R = P G of each matrix, and |G_j|^2 per channel: (..., n)."""
+    def measure(
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+    ) -> tuple[Tensor, Tensor]:
+        """R = P G of each matrix (b of them in each G), and |G_j|^2 per channel, (T b, n); both float32.
+
+        Where ``per_channel`` is not asked for, |G|^2 as any number of parts will do: (T b, any).
+        """
         ...
 
-    def square(self, G: Tensor) -> Tensor:
-        """|G|^2 of a flat tensor, 0-dim float64."""
+    def norms(self, R: Tensor, side: int) -> Tensor:
+        """|R_j|^2 along ``side``: (T b, n)."""
+        ...
+
+    def direct(
+        self,
+        R: Tensor,
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
+        live: Tensor,
+        side: int,
+        *,
+        step: int,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> Tensor:
+        """M and V (b, ...), float32, in place, and |R~_j|^2 along ``side``: (T b, n). The content of R is lost."""
+        ...
+
+    def square(self, G: Sequence[Tensor]) -> Tensor:
+        """|G|^2 of flat tensors: (T,) float64."""
         ...
 
     def apply(
-        self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, live: Tensor, precision: Precision
+        self,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        eta_s: Tensor,
+        decay: Tensor | None,
+        live: Tensor,
+        precisions: Sequence[Precision],
     ) -> None:
-        """W <- W (1 - decay) - G eta_s."""
+        """W <- W (1 - decay) - G eta_s, in place; ``eta_s`` (T b, rows or 1, cols or 1), ``decay`` (T b,)."""
         ...
 
     def adamw(
         self,
-        W: Tensor,
-        G: Tensor,
-        M: Tensor,
-        V: Tensor,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
         live: Tensor,
-        precision: Precision,
-        moments: tuple[Precision, Precision],
+        precisions: Sequence[Precision],
+        moments: Sequence[tuple[Precision, Precision]],
         *,
         step: int,
         lr: float | Tensor,
@@ -51,14 +90,71 @@ class Backend(Protocol):
         weight_decay: float,
         maximize: bool,
     ) -> None:
-        """AdamW on a flat tensor; M and V in place, stored as ``moments`` says."""
+        """AdamW on flat tensors; W, M and V in place, M and V stored as ``moments`` says."""
         ...
 
 
 def choose(name: str, device: torch.device) -> Backend:
-    """The backend for tensors on ``device``: "auto" takes blocks on a CPU, where the cache decides."""
-    from insitu.optim.step import blocked, reference
+    """The backend for tensors on ``device``; the one place of choice.
 
-    if name == "blocked" or (name == "auto" and device.type == "cpu"):
-        return blocked.Blocked(device)
-    return reference.Reference()
+    "auto" is Triton on CUDA where it can be imported, blocks on a CPU (which never compile), else the reference. "compiled"
+    without a compiler warns once and takes what "auto" would, had it no Triton.
+
+    Raises:
+        ValueError: "triton" where it cannot run, "blocked" where there is no CPU.
+    """
+    picked = _picked(name, device.type)
+    if picked == "triton":
+        from insitu.optim.step.triton import Triton
+
+        return Triton()
+    if picked == "compiled":
+        from insitu.optim.step.compiled import Compiled
+
+        return Compiled(_plain(device))
+    return _plain(device) if picked == "blocked" else _reference()
+
+
+@functools.cache
+def _picked(name: str, device_type: str) -> str:
+    """Decided once, and said."""
+    picked = name
+    if name == "auto":
+        picked = "blocked" if device_type == "cpu" else "triton" if _triton_lacks(device_type) is None else "reference"
+    elif name == "blocked" and device_type != "cpu":
+        raise ValueError(f"backend='blocked' on {device_type}: it is for CPUs; use backend='auto'")
+    elif name == "triton" and (lack := _triton_lacks(device_type)):
+        raise ValueError(f"backend='triton' cannot run on {device_type}: {lack}; use backend='auto'")
+    elif name == "compiled":
+        from insitu.optim.step.compiled import missing_compiler
+
+        if lack := missing_compiler(torch.device(device_type)):
+            picked = "blocked" if device_type == "cpu" else "reference"
+            warnings.warn(
+                f"backend='compiled' on {device_type} finds {lack}: {picked!r} does the steps instead, with the same numbers",
+                UserWarning,
+                stacklevel=2,
+            )
+    _log.info("optimizer steps on %s: backend=%r is %r", device_type, name, picked)
+    return picked
+
+
+def _triton_lacks(device_type: str) -> str | None:
+    """Why Triton cannot run there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return "it needs a CUDA device (or TRITON_INTERPRET=1, set before Python starts, to try it slowly on a CPU)"
+
+
+def _plain(device: torch.device) -> Backend:
+    from insitu.optim.step.blocked import Blocked
+
+    return Blocked(device) if device.type == "cpu" else _reference()
+
+
+def _reference() -> Backend:
+    from insitu.optim.step.reference import Reference
+
+    return Reference()

@@ -21,12 +21,15 @@ nothing is read back to the host. A gradient that is all zero, or not finite, mu
 ``live`` (1.0 or 0.0) appears.
 
 Legend: G, W (..., rows, cols); R, M, V: (..., rows, r) where rows are channels (``channel_dim`` -2), else (..., r, cols);
-n channels; ... is empty for a matrix, or the number of matrices of a stack.
+n channels; ... is empty for a matrix, or the number of matrices of a stack. Tensors of one shape go through a step together,
+as lists; of T tensors with b matrices each, what is small is one tensor of T b rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +56,10 @@ def is_live(G_sq: Tensor) -> Tensor:
 def adam_direction(
     R: Tensor, M: Tensor, V: Tensor, live: Tensor, *, step: int, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """Update the moments in place and return R~ = M^ / (sqrt(V^) + eps); ``step`` counts from 1."""
+    """Update the moments in place and return R~ = M^ / (sqrt(V^) + eps); ``step`` counts from 1.
+
+    ``live`` broadcasts over R.
+    """
     beta1, beta2 = betas
     R = torch.where(live > 0, R, 0.0)  # a NaN would survive the product with 0
     M.lerp_(R, (1 - beta1) * live)
@@ -95,13 +101,14 @@ def auto_alpha(projected: int, rank: int) -> float:
 
 
 def plan(
-    G: Tensor,
-    M: Tensor,
-    V: Tensor,
-    last_norm: Tensor,
-    projection: Projection,
+    G: Sequence[Tensor],
+    M: Sequence[Tensor],
+    V: Sequence[Tensor],
+    last_norm: Sequence[Tensor],
+    projections: Sequence[Projection],
     *,
     channel_dim: int,
+    whole: bool,
     step: int,
     lr: float | Tensor,
     alpha: float,
@@ -114,19 +121,21 @@ def plan(
     maximize: bool,
     backend: Backend,
 ) -> Plan[tuple[Tensor, Tensor | None, Tensor]]:
-    """All of one step but the change of W. G is (b, rows, cols), b matrices; M, V and ``last_norm`` (b,) in place.
+    """All of one step but the change of W, of T tensors of one shape; only one tensor if it is sharded (not ``whole``).
 
-    Returns ``eta_s`` and ``decay`` as :func:`descend` takes them, and ``live``.
+    Each G is (b, rows, cols), b matrices; each M, V and ``last_norm`` (b,) changes in place.
+    Returns ``eta_s`` (T b, rows or 1, cols or 1), ``decay`` (T b,) as :func:`descend` takes them, and ``live`` (T,).
     """
-    side = -3 - channel_dim  # the projected one
-    R, G_sq = backend.measure(G, projection, channel_dim)
+    side, num = -3 - channel_dim, len(G)  # side: the projected one
+    R, G_sq = backend.measure(G, projections, channel_dim, granularity == "channel" or not whole)
     R, G_sq = yield Scatter(R, G_sq, channel_dim)
-    R_sq = R.square().sum(side)
+    R_sq = backend.norms(R, side)
 
-    (G_total, R_total), (everything, _), _ = yield Sum(torch.stack([G_sq, R_sq]).double().sum(-1))
-    live = is_live(everything)
-    R_tilde = adam_direction(R, M, V, live, step=step, betas=betas, eps=eps)
-    numerator = R_tilde.square().sum(side)
+    own, (everything, _), _ = yield Sum(torch.stack([G_sq.double().sum(-1), R_sq.double().sum(-1)]))
+    G_total, R_total = own
+    live = is_live(G_total.view(num, -1).sum(1) if whole else everything[None])
+    each_live = live.repeat_interleave(len(R) // num)
+    numerator = backend.direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
 
     if granularity == "tensor":
         numerator, _ = yield Gather(numerator.double().sum(-1))
@@ -138,11 +147,12 @@ def plan(
         norm_sq, s = yield Gather((s.square() * G_sq).double().sum(-1), s)
         norm = norm_sq.float().sqrt()
 
-    factor, last = limit(norm * alpha, last_norm, inf if limiter is None else limiter)
-    last_norm.copy_(torch.where(live > 0, last, last_norm))
+    known = torch.cat(list(last_norm))
+    factor, last = limit(norm * alpha, known, inf if limiter is None else limiter)
+    torch._foreach_copy_(list(last_norm), list(torch.where(each_live > 0, last, known).chunk(num)))
     eta = -lr if maximize else lr
-    eta_s = torch.where(live > 0, s * (factor * (eta * alpha))[:, None], 0.0)
-    decay = live * (lr * weight_decay) if weight_decay else None
+    eta_s = torch.where(each_live[:, None] > 0, s * (factor * (eta * alpha))[:, None], 0.0)
+    decay = each_live * (lr * weight_decay) if weight_decay else None
     return eta_s.unsqueeze(side), decay, live
 
 
@@ -180,44 +190,70 @@ def adamw_descend(
 class Reference:
     """The backend that does each pass on whole tensors, in the words of this file."""
 
-    def measure(self, G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
-        return measure(G, projection, channel_dim)
+    def measure(
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+    ) -> tuple[Tensor, Tensor]:
+        R, G_sq = zip(*(measure(g, P, channel_dim) for g, P in zip(G, projections, strict=True)), strict=True)
+        return torch.cat(R), torch.cat(G_sq)
 
-    def square(self, G: Tensor) -> Tensor:
-        return G.float().square().sum(dtype=torch.float64)
+    def norms(self, R: Tensor, side: int) -> Tensor:
+        return R.square().sum(side)
+
+    def direct(
+        self,
+        R: Tensor,
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
+        live: Tensor,
+        side: int,
+        *,
+        step: int,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> Tensor:
+        return torch.cat(
+            [
+                adam_direction(*each, step=step, betas=betas, eps=eps).square().sum(side)
+                for each in zip(R.chunk(len(M)), M, V, live, strict=True)
+            ]
+        )
+
+    def square(self, G: Sequence[Tensor]) -> Tensor:
+        return torch.stack([g.float().square().sum(dtype=torch.float64) for g in G])
 
     def apply(
-        self, W: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None, live: Tensor, precision: Precision
+        self,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        eta_s: Tensor,
+        decay: Tensor | None,
+        live: Tensor,
+        precisions: Sequence[Precision],
     ) -> None:
-        work = precision.read(work_copy(W))
-        precision.write(W, descend(work, torch.where(live > 0, G, 0.0), eta_s, decay))
+        for i, (w, g, precision) in enumerate(zip(W, G, precisions, strict=True)):
+            mine = slice(i * len(w), (i + 1) * len(w))
+            work = precision.read(work_copy(w))
+            g = torch.where(live[i] > 0, g, 0.0)  # a NaN would survive the product with 0
+            precision.write(w, descend(work, g, eta_s[mine], None if decay is None else decay[mine, None, None]))
 
     def adamw(
         self,
-        W: Tensor,
-        G: Tensor,
-        M: Tensor,
-        V: Tensor,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
         live: Tensor,
-        precision: Precision,
-        moments: tuple[Precision, Precision],
-        *,
-        step: int,
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        maximize: bool,
+        precisions: Sequence[Precision],
+        moments: Sequence[tuple[Precision, Precision]],
+        **numbers: Any,
     ) -> None:
-        m, v = M.float(), V.float()  # M and V themselves if they are float32
-        work = adamw_descend(
-            precision.read(work_copy(W)), G, m, v, live, step=step, lr=lr, betas=betas, eps=eps,
-            weight_decay=weight_decay, maximize=maximize,
-        )  # fmt: skip
-        precision.write(W, work)
-        for stored, computed, precise in zip((M, V), (m, v), moments, strict=True):
-            if stored is not computed:
-                precise.write(stored, computed)
+        for i, (w, g, m, v) in enumerate(zip(W, G, M, V, strict=True)):
+            m32, v32 = m.float(), v.float()  # m and v themselves if they are float32
+            work = adamw_descend(precisions[i].read(work_copy(w)), g, m32, v32, live[i], **numbers)
+            precisions[i].write(w, work)
+            for stored, computed, precise in zip((m, v), (m32, v32), moments[i], strict=True):
+                if stored is not computed:
+                    precise.write(stored, computed)
 
 
 def work_copy(W: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+"""Every backend beside the reference: types, shapes, options; what is compiled how often; what is refused.
+
+Triton runs in its interpreter, which must be asked for before triton is imported: the same cases in a process of their own.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from insitu import APOLLO
+from insitu.optim import step as steps
+from insitu.optim.options import BACKENDS
+
+# Inductor, when it is first imported, defines what torch itself calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = ["triton"] if INTERPRETED else ["blocked", "compiled"]
+SHAPES = [(70, 40), (40, 70), (33, 33), (3, 21, 17), (2, 9, 30), (1, 19), (19, 1), (37,)]
+OPTIONS: list[dict[str, Any]] = [
+    {"rank": 1},
+    {"rank": 5},
+    {"rank": 5, "projection": "sketch"},
+    {"rank": 5, "projection": "rademacher", "limiter": None},
+    {"rank": 1, "granularity": "channel", "denominator": "exact"},
+    {"rank": 5, "denominator": "exact", "weight_decay": 0.1, "projection": "sketch"},
+    {"rank": 1, "weight_decay": 0.1, "maximize": True},
+    {"rank": 5, "rounding": "compensated", "moments": "bfloat16"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_warnings_of_ranks() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="rank=")
+        yield
+
+
+def stepped(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype, **options: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Three tensors of one shape (so that some go together) after three steps, the second with one gradient of zeros."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for _ in range(3)]
+    optimizer = APOLLO(params, **{"lr": 1e-2, "backend": backend, "refresh": 2, **options})
+    for i in range(3):
+        for p in params:
+            p.grad = (torch.randn(shape, generator=generator) * (1 + i)).to(dtype)
+        if i == 1:
+            params[1].grad = torch.zeros_like(params[1])
+        optimizer.step()
+    return torch.stack([p.detach() for p in params]), optimizer.state[params[2]]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_float32_is_the_reference_to_its_last_places(
+    backend: str, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    expected, state = stepped("reference", shape, torch.float32, **options)
+    found, its = stepped(backend, shape, torch.float32, **options)
+    # Sums in another order: a few last places of float32 in s (1e-6), of updates near 1e-2; weights are near 4 at most.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for name in ("exp_avg", "exp_avg_sq"):
+        # A bf16 moment may be rounded the other way where the sum before it differed in a last place.
+        tolerance = 1e-5 if state[name].dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(its[name], state[name], rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_bf16_draws_the_bits_of_the_reference(backend: str, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    expected, _ = stepped("reference", shape, torch.bfloat16, **options)
+    found, _ = stepped(backend, shape, torch.bfloat16, **options)
+    # Where a sum differs in float32's last places, 2^-16 of a bf16's, a carry may differ, and the next steps with it: other
+    # bits would differ in half of the elements.
+    assert (found == expected).float().mean() > 0.99
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(70, 40), (40, 70), (37,)], ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_float16_and_float64(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    expected, _ = stepped("reference", shape, dtype, rank=5)
+    found, _ = stepped(backend, shape, dtype, rank=5)
+    assert found.dtype == dtype
+    # float16 has 11 bits, weights are below 4: a place is 2^-9. Of float64 weights the update is computed in float32.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2**-9 if dtype == torch.float16 else 1e-6)
+    assert (found == expected).float().mean() > (0.99 if dtype == torch.float16 else 0)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("backend", HERE)
+def test_rounding_alone_is_bit_identical_from_any_element_on(backend: str, odd: int) -> None:
+    from insitu.optim.rounding import Precision, stochastic_round
+    from insitu.optim.seeds import mix
+
+    # Exact arithmetic (W = 0, eta = 1), so nothing but the bits can differ; the index counts beyond int32, and near 2^32 words.
+    for start in (odd, 2**31 - 6 + odd, 2**32 - 40 + odd, 2**33 - 2000 + odd, 2**33 - 100 + odd):
+        G = -torch.randn(1, 31, 23)
+        W = torch.zeros_like(G, dtype=torch.bfloat16)
+        one = torch.ones(1, 1, 1)
+        made = steps.choose(backend, torch.device("cpu"))
+        made.apply([W], [G], one, None, one.view(1), [Precision(mix(3, 4), start)])
+        assert torch.equal(W, stochastic_round(-G, 3, 4, start))
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_gradient_of_nan_changes_nothing_where_the_host_does_not_look(backend: str) -> None:
+    # As on a device: ``live`` says so, and nothing else may.
+    from insitu.optim.rounding import Precision
+
+    G = torch.full((1, 12, 8), float("nan"))
+    W = torch.randn(1, 12, 8)
+    before, live = W.clone(), torch.zeros(1)
+    made = steps.choose(backend, torch.device("cpu"))
+    made.apply([W], [G], torch.zeros(1, 12, 1), torch.zeros(1), live, [Precision()])
+    R, M, V = (torch.randn(1, 12, 3) for _ in range(3))
+    kept = M.clone(), V.clone()
+    made.direct(R * float("nan"), [M], [V], live, -1, step=1, betas=(0.9, 0.999), eps=1e-8)
+    assert torch.equal(W, before)
+    assert torch.equal(M, kept[0])
+    assert torch.equal(V, kept[1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is asked for in a process of its own")
+def test_triton_in_its_interpreter_passes_the_same_cases() -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    assert f"{(2 * len(OPTIONS) * len(SHAPES))}" <= ran.stdout, "the cases were not run"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of torch.compile")
+def test_another_rate_step_or_norm_compiles_nothing() -> None:
+    import torch._dynamo
+
+    from insitu.optim.step import compiled
+
+    def run(num: int, first: int) -> None:
+        for i in range(first, first + num):
+            optimizer.param_groups[0]["lr"] = 1e-3 * (i + 1)
+            for p in params:
+                p.grad = torch.randn_like(p) * (1 + i)
+            optimizer.step()
+
+    params = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((24, 16), (16, 24), (30, 30))]
+    optimizer = APOLLO(params, rank=1, granularity="channel", backend="compiled", weight_decay=0.1, refresh=2)
+    run(2, 0)
+    made = compiled._compiled.cache_info().currsize
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(4, 2)
+    assert compiled._compiled.cache_info().currsize == made
+    assert made > 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the choice")
+def test_without_a_compiler_it_warns_once_and_does_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("insitu.optim.step.compiled.missing_compiler", lambda device: "no C++ compiler (c++)")
+    steps._picked.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"backend='compiled' on cpu finds no C\+\+ compiler") as caught:
+            found, _ = stepped("compiled", (12, 8), torch.float32, rank=2)
+        assert len(caught) == 1
+        assert torch.equal(found, stepped("blocked", (12, 8), torch.float32, rank=2)[0])
+    finally:
+        steps._picked.cache_clear()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the choice")
+def test_a_backend_is_refused_by_name_where_it_cannot_run() -> None:
+    with pytest.raises(
+        ValueError, match=r"backend='triton' cannot run on cpu: (it needs a CUDA|triton is not installed)"
+    ):
+        stepped("triton", (12, 8), torch.float32)
+    with pytest.raises(ValueError, match="backend='blocked' on cuda: it is for CPUs"):
+        steps.choose("blocked", torch.device("cuda"))
+    with pytest.raises(ValueError, match=f"backend='fast': expected one of {', '.join(map(repr, BACKENDS))}"):
+        stepped("fast", (12, 8), torch.float32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the choice")
+def test_auto_never_compiles_on_a_cpu_and_says_once_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "compile", None)
+    steps._picked.cache_clear()
+    with caplog.at_level(logging.INFO, "insitu.optim.step"):
+        stepped("auto", (12, 8), torch.float32)
+        stepped("auto", (12, 8), torch.bfloat16)
+    said = [record.getMessage() for record in caplog.records if record.name == "insitu.optim.step"]
+    assert said == ["optimizer steps on cpu: backend='auto' is 'blocked'"]
