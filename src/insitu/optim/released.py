@@ -48,10 +48,10 @@ class Released(Tensor):
             return Released(gone, gone.of, gone.norm2, gone.refilled)
         if func is _aten.copy_.default and args[0] is gone and gone.refilled:  # DDP hands back what it has averaged
             return gone
-        clips_to = _max_norm()
-        if clips_to in (None, inf) and func in _NORM and tuple(args[1:]) in ((), (2,)) and not kwargs:
+        if func in _NORM and tuple(args[1:]) in ((), (2,)) and not kwargs:
             norms = [_norm(gradient) for gradient in (args[0] if isinstance(args[0], list | tuple) else [args[0]])]
             return norms if isinstance(args[0], list | tuple) else norms[0]
+        clips_to = _max_norm()
         if clips_to == inf and func in _SCALE:  # by 1: how torch and the Trainer measure a norm
             return gone if args[0] is gone else None
         what = f"{func.__name__} asks for its numbers" if clips_to is None else f"it should be clipped to {clips_to}"
