@@ -139,7 +139,7 @@ def memory(model: nn.Module, optimizer: str, *, rank: int = 256, release: bool =
     else:
         raise ValueError(f"optimizer {optimizer!r} is unknown: expected one of {', '.join(OPTIMIZERS)}")
     if optimizer.startswith("q-"):
-        found.weights -= sum(p.nbytes - _int8_bytes(p) for p in _of_role(model, "matrix"))
+        found.weights -= sum(p.nbytes - _int8_bytes(p) for p in _linear_weights(model))
     if release:
         found.gradients = max((p.nbytes for p in model.parameters() if p.requires_grad), default=0)
     return found
@@ -183,13 +183,16 @@ def _gradients(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-def _of_role(model: nn.Module, role: str) -> list[Tensor]:
-    return [p for group in param_groups(model) if group["role"] == role for p in group["params"]]
+def _linear_weights(model: nn.Module) -> list[Tensor]:
+    """Trainable weights of linear layers besides the head: what Q-APOLLO stores in int8."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices = (p for group in param_groups(model) if group["role"] == "matrix" for p in group["params"])
+    return [p for p in matrices if id(p) in linear]
 
 
 def _int8_bytes(p: Tensor) -> int:
-    """A byte per element, and a scale in the parameter's own type for each group along the rows."""
-    return p.numel() + p.numel() // p.shape[-1] * -(-p.shape[-1] // INT8_GROUP) * p.element_size()
+    """A byte per element, and a bf16 scale for each group of a row."""
+    return p.numel() + p.shape[0] * -(-p.shape[1] // INT8_GROUP) * 2
 
 
 def _projection_bytes(p: Tensor, group: dict[str, Any]) -> int:

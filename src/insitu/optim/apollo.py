@@ -75,10 +75,10 @@ class APOLLO(TensorWise):
     Every option may be given per group, and changed between steps. A changed rank starts the moments afresh.
 
     State of a parameter, made at its first step: ``step`` (int64, steps with a finite gradient that is not zero),
-    ``skipped`` (int64), ``seed``; ``exp_avg`` and ``exp_avg_sq`` (2 r n numbers, or 2 m n with AdamW, of 4 or 2 bytes each;
-    none with "sgd"); where it is projected, ``update_norm`` (float32, one per matrix); with "svd" ``projection`` (r x m,
-    float32); with "compensated" ``residual`` (2 bytes per element). A gradient that is all zero changes nothing of its
-    tensor. Of a DTensor, ``exp_avg``, ``exp_avg_sq`` and ``residual`` are DTensors on its mesh.
+    ``skipped`` (int64), ``seed`` and ``numel`` (numbers); ``exp_avg`` and ``exp_avg_sq`` (2 r n numbers, or 2 m n with
+    AdamW, of 4 or 2 bytes each; none with "sgd"); where it is projected, ``update_norm`` (float32, one per matrix); with
+    "svd" ``projection`` (r x m, float32); with "compensated" ``residual`` (2 bytes per element). A gradient that is all
+    zero changes nothing of its tensor. Of a DTensor, ``exp_avg``, ``exp_avg_sq`` and ``residual`` are DTensors on its mesh.
 
     Raises:
         ValueError: a bad option, with its name, value, what was expected and the way out; sparse or complex tensors.

@@ -66,8 +66,8 @@ class ApolloQN(TensorWise):
     the warm-up too (the author's implementation ignores it until the warm-up ends), and where it warms up itself both
     slow down; then give ``warmup=0``. Where lr < init_lr, eta_t is lr, so lr=0 keeps the weights still.
 
-    State of a parameter: ``step``, ``skipped``, ``seed`` as in :class:`insitu.APOLLO`; ``floor`` and ``offset`` (what
-    bounds |B| from below, and what is added, 0-dim float32); and per element
+    State of a parameter: ``step``, ``skipped``, ``seed``, ``numel`` as in :class:`insitu.APOLLO`; ``floor`` and ``offset``
+    (what bounds |B| from below, and what is added, 0-dim float32); and per element
 
     ==========================================  ==============================  =======================================
     rebound, decay                              state                           bytes, "float32" / "bfloat16" moments
