@@ -19,7 +19,7 @@ from insitu.optim.rounding import Precision, Scratch, make_scratch
 from insitu.optim.step import reference
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
-_READ_ELEMENTS = 1 << 19  # where a block is only read: 2 MB
+_READ_ELEMENTS = 1 << 18  # where a block is only read: 1 MB, half of a core's cache
 _FEWEST_COLUMNS = 256  # of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
@@ -55,16 +55,17 @@ class Blocked:
     def _measure_tall(self, G: Tensor, projection: Projection, R: Tensor, G_sq: Tensor) -> None:
         for first, count in _blocks(*G.shape, _READ_ELEMENTS * self._threads):
             g, out = self._float32(G.narrow(0, first, count)), R.narrow(0, first, count)
+            # First the sweep in the order of memory: it brings the block into the cache.
+            if G_sq.numel() == 1:
+                G_sq.add_(_square(g))
+            else:
+                torch.linalg.vector_norm(g, dim=-1, out=G_sq.narrow(0, first, count)).square_()
             if isinstance(projection, Sketch):
                 self._sketch_rows(g, projection, out)
             elif projection.shape[0] == 1:
                 torch.mv(g, projection[0], out=out[:, 0])
             else:
                 torch.mm(g, projection.mT, out=out)
-            if G_sq.numel() == 1:
-                G_sq.add_(_square(g))
-            else:
-                torch.linalg.vector_norm(g, dim=-1, out=G_sq.narrow(0, first, count)).square_()
 
     def _sketch_rows(self, g: Tensor, sketch: Sketch, out: Tensor) -> None:
         """The coordinates of each bucket, one after the other: the order has them ``rank`` apart."""
@@ -90,9 +91,9 @@ class Blocked:
         rows, cols = G.shape
         for first, count in _blocks(cols, rows, _READ_ELEMENTS * self._threads, _FEWEST_COLUMNS):
             g = self._float32(G.narrow(1, first, count))
+            self._add_column_squares(g, G_sq.narrow(0, first, count) if G_sq.numel() > 1 else G_sq)
             bags = torch.nn.functional.embedding_bag(order, g, offsets, mode="sum", per_sample_weights=signs)
             R.narrow(1, first, count).copy_(bags)
-            self._add_column_squares(g, G_sq.narrow(0, first, count) if G_sq.numel() > 1 else G_sq)
 
     def _add_column_squares(self, g: Tensor, G_sq: Tensor) -> None:
         if G_sq.numel() == 1:
@@ -136,7 +137,7 @@ class Blocked:
         """As the reference, by torch's fused Adam: with weights of 0 and a rate of 1 it leaves -R~."""
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
         numbers: dict[str, Any] = {"step": step, "betas": betas, "eps": eps}
-        lively, elements = live.tolist(), _READ_ELEMENTS * self._threads
+        lively, elements = live.tolist(), _ELEMENTS * self._threads
         if len(M[0]) == 1 and all(lively) and R[0].numel() <= elements:  # several tensors in one call
             for first, count in _blocks(len(R), R[0].numel(), elements):
                 these = slice(first, first + count)

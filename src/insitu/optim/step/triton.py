@@ -124,6 +124,15 @@ def _direct(
 
 
 @triton.jit
+def _nearest(value, like):
+    """``value`` as the type of ``like`` holds it. Of bf16 in bits: what a device or the interpreter rounds to is its own."""
+    if like.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return value.to(like.dtype.element_ty)
+
+
+@triton.jit
 def _store(out, residual, at, value, mask, base, factor, odd, HOW: tl.constexpr):
     """One number per element, rounded as insitu.optim.rounding does it, to the bit."""
     if HOW == _STOCHASTIC:
@@ -133,10 +142,10 @@ def _store(out, residual, at, value, mask, base, factor, odd, HOW: tl.constexpr)
         word = (word ^ (word >> 15)) * _MIXER
         random = (word >> ((place & 1) << 4)) & 0xFFFF
         value = ((value.to(tl.int32, bitcast=True) + random) & -65536).to(tl.float32, bitcast=True)
-    stored = value.to(out.dtype.element_ty)
+    stored = _nearest(value, out)
     tl.store(out + at, stored, mask)
     if HOW == _COMPENSATED:
-        tl.store(residual + at, (value - stored.to(tl.float32)).to(residual.dtype.element_ty), mask)
+        tl.store(residual + at, _nearest(value - stored.to(tl.float32), residual), mask)
 
 
 @triton.jit
