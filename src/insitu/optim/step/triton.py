@@ -8,6 +8,8 @@ host's, and a replay would repeat them.
 On a CPU it runs, slowly, in Triton's interpreter: that is how it is tested.
 """
 
+# Kernels are written in the language of Triton, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -243,7 +245,8 @@ class Triton:
 
     def norms(self, R: Tensor, side: int) -> Tensor:
         """As the reference."""
-        return torch.linalg.vector_norm(R, dim=side).square_()
+        norms: Tensor = torch.linalg.vector_norm(R, dim=side)
+        return norms.square_()
 
     def direct(
         self,
@@ -275,7 +278,8 @@ class Triton:
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, without a copy in float32."""
-        return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in G]).double().square_()
+        precise = torch.promote_types(G[0].dtype, torch.float32)
+        return torch.stack([torch.linalg.vector_norm(g, dtype=precise) for g in G]).double().square_()
 
     def apply(
         self,
