@@ -18,11 +18,12 @@ from torch import nn
 from insitu import APOLLO
 from insitu.optim import step as steps
 from insitu.optim.options import BACKENDS
+from insitu.optim.step import native
 
 # Inductor, when it is first imported, defines what torch itself calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = ["triton"] if INTERPRETED else ["blocked", "compiled"]
+HERE = ["triton"] if INTERPRETED else ["blocked", "native", "compiled"]
 SHAPES = [(70, 40), (40, 70), (33, 33), (3, 21, 17), (2, 9, 30), (1, 19), (19, 1), (37,)]
 OPTIONS: list[dict[str, Any]] = [
     {"rank": 1},
@@ -125,7 +126,7 @@ def test_a_gradient_of_nan_changes_nothing_where_the_host_does_not_look(backend:
     before, live = W.clone(), torch.zeros(1)
     made = steps.choose(backend, torch.device("cpu"))
     made.apply([W], [G], torch.zeros(1, 12, 1), torch.zeros(1), live, [Precision()])
-    R, M, V = (torch.randn(1, 12, 3) for _ in range(3))
+    R, M, V = (torch.rand(1, 12, 3) for _ in range(3))
     kept = M.clone(), V.clone()
     made.direct(R * float("nan"), [M], [V], live, -1, step=1, betas=(0.9, 0.999), eps=1e-8)
     assert torch.equal(W, before)
@@ -171,16 +172,20 @@ def test_another_rate_step_or_norm_compiles_nothing() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the choice")
-def test_without_a_compiler_it_warns_once_and_does_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["compiled", "native"])
+def test_without_a_compiler_it_warns_once_and_does_the_step(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("insitu.optim.step.compiled.missing_compiler", lambda device: "no C++ compiler (c++)")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.build.cache_clear()
     steps._picked.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"backend='compiled' on cpu finds no C\+\+ compiler") as caught:
-            found, _ = stepped("compiled", (12, 8), torch.float32, rank=2)
+        with pytest.warns(UserWarning, match=rf"backend='{name}' on cpu finds no C\+\+ compiler") as caught:
+            found, _ = stepped(name, (12, 8), torch.float32, rank=2)
         assert len(caught) == 1
         assert torch.equal(found, stepped("blocked", (12, 8), torch.float32, rank=2)[0])
     finally:
         steps._picked.cache_clear()
+        native.build.cache_clear()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the choice")

@@ -70,7 +70,8 @@ class APOLLO(TensorWise):
         maximize: climb instead of descend.
         nonfinite: of a gradient that is not finite: "error", or "skip" (leave the tensor out, and count in ``skipped``).
         seed: of all randomness: projections and rounding.
-        backend: "auto", "blocked" (CPU), or "reference".
+        backend: "auto" (Triton on CUDA where it is installed, blocks on a CPU), or by name: "reference" (the formulas as they
+            are written), "blocked" (CPU), "compiled" (torch.compile: the first step takes seconds), "triton" (CUDA).
 
     Every option may be given per group, and changed between steps. A changed rank starts the moments afresh.
 

@@ -20,8 +20,9 @@ from insitu.optim.base import Task, TensorWise, Write
 from insitu.optim.exchange import Plan
 from insitu.optim.sharding import Part, distributed, local_of
 from insitu.optim.step import Backend
-from insitu.optim.step.blocked import Blocked
 from insitu.optim.step.quasi_newton import State, Stored, descend, pieces, plan, warmed_up
+from insitu.optim.step.reference import Reference
+from insitu.optim.tensors import readable
 
 _ENOUGH_WARMUP = 100  # "Please set warmup to at least 100 updates to achieve stable convergence": the author's notes
 _BLOCK = 1 << 16  # elements treated at a time by a thread of a CPU, so that they stay in the cache of its core
@@ -57,7 +58,8 @@ class ApolloQN(TensorWise):
         maximize: climb instead of descend.
         nonfinite: of a gradient that is not finite: "error", or "skip" (leave the tensor out, and count in ``skipped``).
         seed: of stochastic rounding.
-        backend: "auto", "blocked" (CPU), or "reference": how many elements are treated at a time; the result is the same.
+        backend: as :class:`insitu.APOLLO`'s. Here it says only how many elements are treated at a time: on a CPU blocks that
+            fit its cache, unless it is "reference". The result is the same.
 
     Every option may be given per group, and changed between steps.
 
@@ -175,7 +177,8 @@ class ApolloQN(TensorWise):
     def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
         (task,) = tasks
         group, precision = task.group, task.precision
-        size = _BLOCK * torch.get_num_threads() if isinstance(task.backend, Blocked) else _CHUNK
+        in_cache = readable(task.part.tensor) and not isinstance(task.backend, Reference)
+        size = _BLOCK * torch.get_num_threads() if in_cache else _CHUNK
         size = max(1, size // precision.width) * precision.width
         state = _state(task)
         if _keeps_direction(group) and state.d is None:  # from here on it is needed

@@ -98,10 +98,10 @@ def choose(name: str, device: torch.device) -> Backend:
     """The backend for tensors on ``device``; the one place of choice.
 
     "auto" is Triton on CUDA where it can be imported, blocks on a CPU (which never compile), else the reference. "compiled"
-    without a compiler warns once and takes what "auto" would, had it no Triton.
+    and "native" without a compiler warn once, and blocks (on CUDA the reference) do the steps.
 
     Raises:
-        ValueError: "triton" where it cannot run, "blocked" where there is no CPU.
+        ValueError: "triton" where it cannot run, "blocked" or "native" elsewhere than on a CPU.
     """
     picked = _picked(name, device.type)
     if picked == "triton":
@@ -112,6 +112,10 @@ def choose(name: str, device: torch.device) -> Backend:
         from insitu.optim.step.compiled import Compiled
 
         return Compiled(_plain(device))
+    if picked == "native":
+        from insitu.optim.step.native import Native
+
+        return Native(device)
     return _plain(device) if picked == "blocked" else _reference()
 
 
@@ -121,22 +125,30 @@ def _picked(name: str, device_type: str) -> str:
     picked = name
     if name == "auto":
         picked = "blocked" if device_type == "cpu" else "triton" if _triton_lacks(device_type) is None else "reference"
-    elif name == "blocked" and device_type != "cpu":
-        raise ValueError(f"backend='blocked' on {device_type}: it is for CPUs; use backend='auto'")
+    elif name in ("blocked", "native") and device_type != "cpu":
+        raise ValueError(f"backend={name!r} on {device_type}: it is for CPUs; use backend='auto'")
     elif name == "triton" and (lack := _triton_lacks(device_type)):
         raise ValueError(f"backend='triton' cannot run on {device_type}: {lack}; use backend='auto'")
-    elif name == "compiled":
-        from insitu.optim.step.compiled import missing_compiler
-
-        if lack := missing_compiler(torch.device(device_type)):
-            picked = "blocked" if device_type == "cpu" else "reference"
-            warnings.warn(
-                f"backend='compiled' on {device_type} finds {lack}: {picked!r} does the steps instead, with the same numbers",
-                UserWarning,
-                stacklevel=2,
-            )
+    elif name in ("native", "compiled") and (lack := _compiler_lacks(name, device_type)):
+        picked = "blocked" if device_type == "cpu" else "reference"
+        warnings.warn(
+            f"backend={name!r} on {device_type} finds {lack}: {picked!r} does the steps instead, with the same numbers",
+            UserWarning,
+            stacklevel=2,
+        )
     _log.info("optimizer steps on %s: backend=%r is %r", device_type, name, picked)
     return picked
+
+
+def _compiler_lacks(name: str, device_type: str) -> str | None:
+    """What is missing to compile, or None."""
+    if name == "native":
+        from insitu.optim.step import native
+
+        return built if isinstance(built := native.build(), str) else None
+    from insitu.optim.step import compiled
+
+    return compiled.missing_compiler(torch.device(device_type))
 
 
 def _triton_lacks(device_type: str) -> str | None:

@@ -19,7 +19,7 @@ from insitu.optim.rounding import Precision, Scratch, make_scratch
 from insitu.optim.step import reference
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
-_READ_ELEMENTS = 1 << 19  # where a block is only read: 2 MB
+_READ_ELEMENTS = 1 << 18  # where a block is only read: 1 MB, half of a core's cache
 _FEWEST_COLUMNS = 256  # of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
@@ -53,18 +53,19 @@ class Blocked:
         return R, G_sq
 
     def _measure_tall(self, G: Tensor, projection: Projection, R: Tensor, G_sq: Tensor) -> None:
-        for first, count in _blocks(*G.shape, _READ_ELEMENTS * self._threads):
+        for first, count in _blocks(len(G), G.shape[1], _READ_ELEMENTS * self._threads):
             g, out = self._float32(G.narrow(0, first, count)), R.narrow(0, first, count)
+            # First the sweep in the order of memory: it brings the block into the cache.
+            if G_sq.numel() == 1:
+                G_sq.add_(_square(g))
+            else:
+                torch.linalg.vector_norm(g, dim=-1, out=G_sq.narrow(0, first, count)).square_()
             if isinstance(projection, Sketch):
                 self._sketch_rows(g, projection, out)
             elif projection.shape[0] == 1:
                 torch.mv(g, projection[0], out=out[:, 0])
             else:
                 torch.mm(g, projection.mT, out=out)
-            if G_sq.numel() == 1:
-                G_sq.add_(_square(g))
-            else:
-                torch.linalg.vector_norm(g, dim=-1, out=G_sq.narrow(0, first, count)).square_()
 
     def _sketch_rows(self, g: Tensor, sketch: Sketch, out: Tensor) -> None:
         """The coordinates of each bucket, one after the other: the order has them ``rank`` apart."""
@@ -78,7 +79,7 @@ class Blocked:
             out.addcmul_(values, signs)
 
     def _measure_wide(self, G: Tensor, P: Tensor, R: Tensor, G_sq: Tensor) -> None:
-        for first, count in _blocks(*G.shape, _READ_ELEMENTS * self._threads):
+        for first, count in _blocks(len(G), G.shape[1], _READ_ELEMENTS * self._threads):
             g = self._float32(G.narrow(0, first, count))
             torch.addmm(R, P.narrow(1, first, count), g, beta=int(first > 0), out=R)
             self._add_column_squares(g, G_sq)
@@ -90,9 +91,9 @@ class Blocked:
         rows, cols = G.shape
         for first, count in _blocks(cols, rows, _READ_ELEMENTS * self._threads, _FEWEST_COLUMNS):
             g = self._float32(G.narrow(1, first, count))
+            self._add_column_squares(g, G_sq.narrow(0, first, count) if G_sq.numel() > 1 else G_sq)
             bags = torch.nn.functional.embedding_bag(order, g, offsets, mode="sum", per_sample_weights=signs)
             R.narrow(1, first, count).copy_(bags)
-            self._add_column_squares(g, G_sq.narrow(0, first, count) if G_sq.numel() > 1 else G_sq)
 
     def _add_column_squares(self, g: Tensor, G_sq: Tensor) -> None:
         if G_sq.numel() == 1:
@@ -118,7 +119,7 @@ class Blocked:
             found.add_(R.square().sum(-2))
         else:
             for matrix, its in zip(R, found, strict=True):
-                for block in _blocks(*matrix.shape, _READ_ELEMENTS * self._threads):
+                for block in _blocks(len(matrix), matrix.shape[1], _READ_ELEMENTS * self._threads):
                     self._add_column_squares(matrix.narrow(0, *block), its)
 
     def direct(
@@ -136,7 +137,7 @@ class Blocked:
         """As the reference, by torch's fused Adam: with weights of 0 and a rate of 1 it leaves -R~."""
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
         numbers: dict[str, Any] = {"step": step, "betas": betas, "eps": eps}
-        lively, elements = live.tolist(), _READ_ELEMENTS * self._threads
+        lively, elements = live.tolist(), _ELEMENTS * self._threads
         if len(M[0]) == 1 and all(lively) and R[0].numel() <= elements:  # several tensors in one call
             for first, count in _blocks(len(R), R[0].numel(), elements):
                 these = slice(first, first + count)
@@ -144,7 +145,7 @@ class Blocked:
                 self._add_squares(direction, side, out[these])
             return out
         for i, (t, b) in enumerate(divmod(i, len(M[0])) for i in range(len(R))):
-            for block in _blocks(*R.shape[1:], elements) if lively[t] else ():
+            for block in _blocks(R.shape[1], R.shape[2], elements) if lively[t] else ():
                 r, m, v = (x.narrow(0, *block)[None] for x in (R[i], M[t][b], V[t][b]))
                 found = out[i : i + 1]
                 direction = self._adam(r.contiguous(), [m], [v], **numbers)
@@ -163,9 +164,9 @@ class Blocked:
     ) -> Tensor:
         """-R~ in scratch memory; M and V in place."""
         direction = self._buffer("direction", R.numel()).view(R.shape).zero_()
-        each = ([x.view(m.shape) for x, m in zip(of.unbind(), M, strict=True)] for of in (direction, R))
+        weights, gradients = ([x.view(m.shape) for x, m in zip(of.unbind(), M, strict=True)] for of in (direction, R))
         torch._fused_adam_(
-            *each, list(M), list(V), [], [torch.tensor(float(step))] * len(M),
+            weights, gradients, list(M), list(V), [], [torch.tensor(float(step))] * len(M),
             lr=1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         return direction
@@ -234,9 +235,10 @@ class Blocked:
             and not numbers["maximize"]  # torch's would keep moments of -G
         ]
         if plain:
+            w, g, m, v = ([x[i] for i in plain] for x in (W, G, M, V))
             (beta1, beta2), lr, step = numbers["betas"], float(numbers["lr"]), torch.tensor(float(numbers["step"]))
             torch._fused_adamw_(
-                *([x[i] for i in plain] for x in (W, G, M, V)), [], [step] * len(plain), lr=lr, beta1=beta1, beta2=beta2,
+                w, g, m, v, [], [step] * len(plain), lr=lr, beta1=beta1, beta2=beta2,
                 weight_decay=numbers["weight_decay"], eps=numbers["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip
         for i in set(some) - set(plain):

@@ -140,10 +140,14 @@ def _apply(
     if numbers is not None:
         index = torch.arange(W.numel(), dtype=torch.int32, device=W.device).view(W.shape)
         work = ((work.view(torch.int32) + hashed_bits(*numbers, index)) & -65536).view(torch.float32)
-    stored = work.to(W.dtype)
+    if residual is None:
+        W.copy_(work)
+        return
+    # Written out in bits: a compiler that keeps float32 where bf16 is stored would find that nothing is missing.
+    bits = work.view(torch.int32)
+    stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).view(torch.float32)
     W.copy_(stored)
-    if residual is not None:
-        residual.copy_(work - stored)
+    residual.copy_(work - stored)
 
 
 @functools.cache
@@ -154,8 +158,8 @@ def _compiled(formula: Callable[..., Any], *_kind: Any) -> Callable[..., Any]:
 
 
 def _possible(W: Tensor, precision: Precision) -> bool:
-    """Whether the index of an element fits the compiled hash."""
-    if W.numel() == 0:
+    """Whether what is compiled can store it: residuals of bf16, and elements whose index fits the hash."""
+    if W.numel() == 0 or (precision.residual is not None and W.dtype != torch.bfloat16):
         return False
     if precision.key is None:
         return True

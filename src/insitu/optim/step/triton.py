@@ -8,6 +8,8 @@ host's, and a replay would repeat them.
 On a CPU it runs, slowly, in Triton's interpreter: that is how it is tested.
 """
 
+# Kernels are written in the language of Triton, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -124,6 +126,15 @@ def _direct(
 
 
 @triton.jit
+def _nearest(value, like):
+    """``value`` as the type of ``like`` holds it. Of bf16 in bits: what a device or the interpreter rounds to is its own."""
+    if like.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return value.to(like.dtype.element_ty)
+
+
+@triton.jit
 def _store(out, residual, at, value, mask, base, factor, odd, HOW: tl.constexpr):
     """One number per element, rounded as insitu.optim.rounding does it, to the bit."""
     if HOW == _STOCHASTIC:
@@ -133,10 +144,10 @@ def _store(out, residual, at, value, mask, base, factor, odd, HOW: tl.constexpr)
         word = (word ^ (word >> 15)) * _MIXER
         random = (word >> ((place & 1) << 4)) & 0xFFFF
         value = ((value.to(tl.int32, bitcast=True) + random) & -65536).to(tl.float32, bitcast=True)
-    stored = value.to(out.dtype.element_ty)
+    stored = _nearest(value, out)
     tl.store(out + at, stored, mask)
     if HOW == _COMPENSATED:
-        tl.store(residual + at, (value - stored.to(tl.float32)).to(residual.dtype.element_ty), mask)
+        tl.store(residual + at, _nearest(value - stored.to(tl.float32), residual), mask)
 
 
 @triton.jit
@@ -234,7 +245,8 @@ class Triton:
 
     def norms(self, R: Tensor, side: int) -> Tensor:
         """As the reference."""
-        return torch.linalg.vector_norm(R, dim=side).square_()
+        norms: Tensor = torch.linalg.vector_norm(R, dim=side)
+        return norms.square_()
 
     def direct(
         self,
@@ -266,7 +278,8 @@ class Triton:
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, without a copy in float32."""
-        return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in G]).double().square_()
+        precise = torch.promote_types(G[0].dtype, torch.float32)
+        return torch.stack([torch.linalg.vector_norm(g, dtype=precise) for g in G]).double().square_()
 
     def apply(
         self,

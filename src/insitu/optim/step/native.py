@@ -1,0 +1,189 @@
+"""The passes for CPUs in C++ (native.cpp), compiled by the machine's own compiler at the first step, in about two seconds.
+
+All tensors of one shape are one call, each matrix is read once, and rounding is part of the pass that writes: what torch's
+calls one by one cannot do. It must be asked for by name; ``auto`` compiles nothing on a CPU. What it cannot take (other types
+than float32 and bf16, strides, dense products, compensated storage) is done by :mod:`insitu.optim.step.blocked`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from insitu.optim.projection import Projection, Sketch
+from insitu.optim.rounding import Precision, hash_numbers, in_one_period
+from insitu.optim.step.blocked import Blocked
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def build() -> ctypes.CDLL | str:
+    """The compiled kernels, once per process; or why there are none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
+        return f"no C++ compiler ({', '.join(names)})"
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "native.so"
+        ran = subprocess.run(
+            [compiler, *_FLAGS, "-o", str(out), str(_SOURCE)], capture_output=True, text=True, check=False
+        )
+        if ran.returncode:
+            said = (ran.stderr.strip() or "no message").splitlines()[0]
+            return f"a C++ compiler that cannot make the kernels ({compiler} {' '.join(_FLAGS)}: {said})"
+        return ctypes.CDLL(str(out))
+
+
+class Native(Blocked):
+    """The backend; makes the kernels if they are not there yet."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        library = build()
+        assert isinstance(library, ctypes.CDLL), library  # ``choose`` has looked
+        self._library = library
+
+    def measure(
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference, in one pass over G; a dense product of more than one row is the library's."""
+        first, dtype, (b, rows, cols) = projections[0], G[0].dtype, G[0].shape
+        rank = first.rank if isinstance(first, Sketch) else first.shape[-2]
+        dense = isinstance(first, Tensor) and (first.ndim == 3 or rank > 1)
+        if dense or G[0].numel() == 0 or not all(g.dtype == dtype in _TYPES and g.is_contiguous() for g in G):
+            return super().measure(G, projections, channel_dim, per_channel)
+        tall = channel_dim == -2
+        R = torch.empty(len(G) * b, *((rows, rank) if tall else (rank, cols)), device=self._device)
+        G_sq = torch.empty(len(R), rows if tall else cols, device=self._device)
+        shape = (len(R), _matrices(G), int(dtype == torch.bfloat16), rows, cols, int(tall))
+        if isinstance(first, Sketch):
+            sketches = [projection for projection in projections if isinstance(projection, Sketch)]
+            orders = [sketch.order.int() for sketch in sketches for _ in range(b)]  # held until the call is over
+            signs = [sketch.signs for sketch in sketches for _ in range(b)]
+            repeats = len(first.order) // rank
+            self._call("measure_sketch", *shape, _pointers(orders), _pointers(signs), rank, repeats, R, G_sq)
+        else:
+            vectors = [P.contiguous() for P in projections if isinstance(P, Tensor) for _ in range(b)]
+            self._call("measure_one", *shape, _pointers(vectors), R, G_sq)
+        return R, G_sq
+
+    def norms(self, R: Tensor, side: int) -> Tensor:
+        """As the reference."""
+        if not R.is_contiguous() or R.numel() == 0:
+            return super().norms(R, side)
+        out = torch.empty(len(R), R.shape[-3 - side], device=self._device)
+        self._call("norms", *R.shape, int(side == -1), R, out)
+        return out
+
+    def direct(
+        self,
+        R: Tensor,
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
+        live: Tensor,
+        side: int,
+        *,
+        step: int,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> Tensor:
+        """As the reference, in one pass over R, M and V."""
+        if R.numel() == 0 or not all(x.is_contiguous() for x in (R, *M, *V)):
+            return super().direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
+        out = torch.empty(len(R), R.shape[-3 - side], device=self._device)
+        each_live = live.repeat_interleave(len(M[0]))
+        corrections = (1 - beta**step for beta in betas)
+        numbers = (ctypes.c_float * 5)(1 - betas[0], 1 - betas[1], *corrections, eps)
+        self._call("direct", *R.shape, int(side == -1), R, _matrices(M), _matrices(V), each_live, numbers, out)
+        return out
+
+    def apply(
+        self,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        eta_s: Tensor,
+        decay: Tensor | None,
+        live: Tensor,
+        precisions: Sequence[Precision],
+    ) -> None:
+        """As the reference, in one pass over W and G; tensors that are to stand still are left out."""
+        b, alive = len(W[0]), live.tolist()
+        some = [t for t in range(len(W)) if alive[t]]
+        mine = [t for t in some if W[t].numel() and _possible(W[t], G[t], precisions[t], W[0].dtype, G[0].dtype)]
+        for t in set(some) - set(mine):
+            these = slice(t * b, (t + 1) * b)
+            its_decay = None if decay is None else decay[these]
+            super().apply([W[t]], [G[t]], eta_s[these], its_decay, live[t : t + 1], [precisions[t]])
+        if not mine:
+            return
+        _, rows, cols = W[0].shape
+        chosen = torch.tensor([t * b + i for t in mine for i in range(b)])
+        eta_s = eta_s.contiguous() if len(mine) == len(W) else eta_s[chosen]
+        decay = None if decay is None else decay[chosen]
+        hashes = None
+        if precisions[mine[0]].key is not None:
+            numbers = [n for t in mine for i in range(b) for n in _hash(precisions[t].of(i * rows * cols, rows * cols))]
+            hashes = (ctypes.c_int64 * len(numbers))(*numbers)
+        eta_strides = (eta_s[0].numel(), int(eta_s.shape[1] > 1) * eta_s.shape[2], int(eta_s.shape[2] > 1))
+        types = [int(x[0].dtype == torch.bfloat16) for x in (W, G)]
+        pointers = [_matrices([x[t] for t in mine]) for x in (W, G)]
+        self._call(
+            "apply", len(chosen), pointers[0], types[0], pointers[1], types[1], rows, cols, eta_s, *eta_strides, decay, hashes
+        )  # fmt: skip
+
+    def _call(self, name: str, *values: Tensor | int | ctypes.Array[ctypes.c_void_p] | object) -> None:
+        arguments: list[object] = []
+        for value in values:
+            if isinstance(value, Tensor):
+                assert value.is_contiguous()
+                arguments.append(ctypes.c_void_p(value.data_ptr()))
+            else:
+                arguments.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+        getattr(self._library, name)(*arguments)
+
+
+def _pointers(tensors: Iterable[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def _matrices(stacks: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Pointers to each matrix of contiguous stacks."""
+    addresses: list[int] = []
+    for stack in stacks:
+        start, size = stack.data_ptr(), stack[0].numel() * stack.element_size()
+        addresses += [start + i * size for i in range(len(stack))]
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def _hash(precision: Precision) -> tuple[int, int, int]:
+    assert precision.key is not None
+    assert isinstance(precision.start, int)
+    return hash_numbers(precision.key, precision.start)
+
+
+def _possible(W: Tensor, G: Tensor, precision: Precision, w_dtype: torch.dtype, g_dtype: torch.dtype) -> bool:
+    """Whether the kernel can take it; all tensors of a call have one type."""
+    return (
+        W.dtype == w_dtype in _TYPES
+        and G.dtype == g_dtype in _TYPES
+        and W.is_contiguous()
+        and G.is_contiguous()
+        and precision.residual is None
+        and (
+            precision.key is None
+            or (isinstance(precision.start, int) and W.numel() < 2**31 and in_one_period(precision.start, W.numel()))
+        )
+    )
