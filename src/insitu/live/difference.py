@@ -67,7 +67,7 @@ def encode(before: Bits, after: Bits, dtype: torch.dtype) -> bytes:
     for members in _members(was):
         part = zigzag[members]
         changed = part != 0
-        values = part[changed] - form.unsigned(1)
+        values = part.take(np.flatnonzero(changed)) - form.unsigned(1)  # a third of the time of part[changed]
         # A plane for each byte of the values: the upper ones are nearly always 0.
         parts += [np.packbits(changed), *values.view(np.uint8).reshape(-1, values.itemsize).T]
     compressor = zstandard.ZstdCompressor(compression_params=_ZSTD)
