@@ -7,16 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from insitu.optim import APOLLO, APOLLOMini, ApolloQN, ApolloQNW, param_groups, preset
+    from insitu.optim import APOLLO, APOLLOMini, ApolloQN, ApolloQNW, GradientRelease, param_groups, preset
 
 __version__ = "0.1.0"
-__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "__version__", "param_groups", "preset"]
+__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "GradientRelease", "__version__", "param_groups", "preset"]
 
 _HOMES = {
     "APOLLO": "insitu.optim",
     "APOLLOMini": "insitu.optim",
     "ApolloQN": "insitu.optim",
     "ApolloQNW": "insitu.optim",
+    "GradientRelease": "insitu.optim",
     "param_groups": "insitu.optim",
     "preset": "insitu.optim",
 }

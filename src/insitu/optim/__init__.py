@@ -4,5 +4,6 @@ from insitu.optim.apollo import APOLLO, APOLLOMini
 from insitu.optim.groups import param_groups
 from insitu.optim.presets import preset
 from insitu.optim.quasi_newton import ApolloQN, ApolloQNW
+from insitu.optim.release import GradientRelease
 
-__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "param_groups", "preset"]
+__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "GradientRelease", "param_groups", "preset"]

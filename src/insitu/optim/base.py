@@ -6,7 +6,7 @@ need few collectives, and what a user gave is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -22,6 +22,15 @@ from insitu.optim.step import Backend, choose
 from insitu.optim.tensors import name_of, readable, refuse_unsuitable
 
 Write = Callable[[Backend], None]
+
+
+class Place(NamedTuple):
+    """One parameter, and what its place among all says of it."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str  # for messages only
+    position: int
 
 
 class Task(NamedTuple):
@@ -168,15 +177,51 @@ class TensorWise(Optimizer):
         Returns the second half, which writes the weights. Call it once, before the gradients change; if it is never called,
         the moments have still moved. For whoever must stop readers of the weights while they are written, and no longer.
         """
-        backends = _Backends()
-        tasks: list[Task] = []
-        position = 0
         for group in self.param_groups:
             self._check(group)
+        held = [place for place in self.places() if place.parameter.grad is not None and place.parameter.numel()]
+        write_tensors, _ = self._prepare(held, _Backends())
+
+        @torch.no_grad()
+        def write() -> None:
+            write_tensors(_Backends())  # the number of threads may be another by now
+            self.observe(place.parameter for place in held)
+
+        return write
+
+    @torch.no_grad()
+    def one_by_one(self) -> Callable[[Place], Tensor]:
+        """A step in which each tensor is updated as soon as its gradient is there; :meth:`observe` ends it.
+
+        Returns what updates one tensor, with the bits that :meth:`step` would give it (no formula asks for another tensor),
+        and returns |G|^2, 0-dim float64.
+        """
+        for group in self.param_groups:
+            self._check(group)
+        backends = _Backends()
+
+        @torch.no_grad()
+        def update(place: Place) -> Tensor:
+            write, squares = self._prepare([place], backends)
+            write(backends)
+            return squares[0]
+
+        return update
+
+    def places(self) -> Iterator[Place]:
+        """All parameters, and where each is found."""
+        position = 0
+        for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.numel():
-                    tasks.append(self._task(p, p.grad, group, name_of(group, i, position), position, backends))
+                yield Place(p, group, name_of(group, i, position), position)
                 position += 1
+
+    def _prepare(
+        self, places: Sequence[Place], backends: _Backends
+    ) -> tuple[Callable[[_Backends], None], dict[int, Tensor]]:
+        """The first half of a step of these tensors, which have gradients; the second, still without :meth:`observe`, and the
+        |G|^2 of each."""
+        tasks = [self._task(place, backends) for place in places]
         squares: dict[int, Tensor] = {}
 
         def inspect(i: int, totals: Tensor) -> None:
@@ -187,21 +232,23 @@ class TensorWise(Optimizer):
 
         writes = run([self._plan(task) for task in tasks], [self._links(task) for task in tasks], inspect)
 
-        @torch.no_grad()
-        def write() -> None:
-            fresh = _Backends()  # the number of threads may be another by now
+        def write(backends: _Backends) -> None:
             for i, (task, write_tensor) in enumerate(zip(tasks, writes, strict=True)):
-                write_tensor(fresh.of(task.group, task.part.tensor))
+                write_tensor(backends.of(task.group, task.part.tensor))
                 finite, square = squares[i].isfinite(), squares[i]
                 task.state["step"].add_(finite & (square != 0))
                 task.state["skipped"].add_(~finite)
-            self._counts.observe({task.parameter: task.state for task in tasks})
 
-        return write
+        return write, squares
 
-    def _task(
-        self, p: Tensor, grad: Tensor, group: dict[str, Any], name: str, position: int, backends: _Backends
-    ) -> Task:
+    def observe(self, stepped: Iterable[Tensor]) -> None:
+        """The end of a step of these tensors: the host will know, without waiting for a device, how many each has had."""
+        self._counts.observe({p: self.state[p] for p in stepped})
+
+    def _task(self, place: Place, backends: _Backends) -> Task:
+        p, group, name, position = place
+        grad = p.grad
+        assert grad is not None
         refuse_unsuitable(p, name)
         refuse_unsuitable(grad, f"the gradient of {name}")
         part = part_of(p, name)
