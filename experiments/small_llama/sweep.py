@@ -110,7 +110,26 @@ def more(base: Run, rows: Rows) -> Iterator[list[Run]]:
     yield [apollo(base, scaled(lr, share), limiter=None) for share in (0.63, 1.6)]
 
 
-STAGES: dict[str, Stage] = {"adamw-lr": adamw_lr, "apollo-lr": apollo_lr, "options": options, "more": more}
+def int8(base: Run, rows: Rows) -> Iterator[list[Run]]:
+    """What int8 weights cost, against bf16 weights that are rounded stochastically; both compute in bf16."""
+    lr = best_lr(base, rows)
+    arms = [
+        make(base, lr, dtype="bfloat16", **storage)
+        for storage in ({}, {"group_size": 32}, {"group_size": "row"})
+        for make in (apollo, mini)
+    ]
+    arms += [apollo(base, lr, dtype="bfloat16", group_size=32, rounding="nearest")]
+    for seed in SEEDS:
+        yield [replace(arm, seed=seed) for arm in arms]
+
+
+STAGES: dict[str, Stage] = {
+    "adamw-lr": adamw_lr,
+    "apollo-lr": apollo_lr,
+    "options": options,
+    "more": more,
+    "int8": int8,
+}
 
 
 def key(config: dict[str, Any], text: str) -> str:

@@ -28,6 +28,9 @@ HIDDEN, FFN, HEADS, LAYERS = 128, 344, 4, 4
 EVALUATE_EVERY = 50
 CURVE_SEQUENCES, FINAL_SEQUENCES = 64, 256
 SMOOTHING = 0.95  # of the training loss that is stored
+# Options of a run that say how weights are stored: "dtype" of the model, by default "float32"; "group_size" of int8 matrices, a
+# number or "row", by default not int8.
+STORAGE = ("dtype", "group_size")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Run:
 
     optimizer: str = "adamw"  # "adamw", "apollo" or "apollo-mini"
     lr: float = 2e-3
-    options: dict[str, Any] = field(default_factory=dict)  # of insitu.APOLLO
+    options: dict[str, Any] = field(default_factory=dict)  # of insitu.APOLLO, and those of STORAGE
     reset_limiter: bool = False  # forget the limiter's norm when a new projection starts
     seed: int = 0  # of the weights, the order of the text, and the projections
     steps: int = 600  # three projections at the default refresh of 200
@@ -57,7 +60,10 @@ def make_model(run: Run) -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(getattr(torch, run.options.get("dtype", "float32")))
+    if size := run.options.get("group_size"):
+        insitu.quantize(model, group_size=None if size == "row" else size)
+    return model
 
 
 def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
@@ -65,7 +71,8 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         assert not run.options, "AdamW is the baseline: its only option is lr"
         return torch.optim.AdamW(model.parameters(), lr=run.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     make = {"apollo": insitu.APOLLO, "apollo-mini": insitu.APOLLOMini}[run.optimizer]
-    return make(insitu.param_groups(model), lr=run.lr, seed=run.seed, **run.options)
+    options = {name: value for name, value in run.options.items() if name not in STORAGE}
+    return make(insitu.param_groups(model), lr=run.lr, seed=run.seed, **options)
 
 
 def share_of_lr(step: int, steps: int) -> float:
@@ -94,7 +101,7 @@ class Windows:
 def mean_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, in nats."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -188,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizer", choices=["adamw", "apollo", "apollo-mini"], default=Run.optimizer)
     parser.add_argument("--lr", type=float, default=Run.lr)
-    parser.add_argument("--options", type=json.loads, default={}, help="of insitu.APOLLO, as JSON")
+    parser.add_argument("--options", type=json.loads, default={}, help=f"of insitu.APOLLO, and {STORAGE}, as JSON")
     parser.add_argument("--reset-limiter", action="store_true")
     for name in ("seed", "steps", "batch", "context"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Run, name))

@@ -7,10 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from insitu.optim import APOLLO, APOLLOMini, ApolloQN, ApolloQNW, GradientRelease, param_groups, preset
+    from insitu.optim import APOLLO, APOLLOMini, ApolloQN, ApolloQNW, GradientRelease, param_groups, preset, quantize
 
 __version__ = "0.1.0"
-__all__ = ["APOLLO", "APOLLOMini", "ApolloQN", "ApolloQNW", "GradientRelease", "__version__", "param_groups", "preset"]
+__all__ = [
+    "APOLLO",
+    "APOLLOMini",
+    "ApolloQN",
+    "ApolloQNW",
+    "GradientRelease",
+    "__version__",
+    "param_groups",
+    "preset",
+    "quantize",
+]
 
 _HOMES = {
     "APOLLO": "insitu.optim",
@@ -20,6 +30,7 @@ _HOMES = {
     "GradientRelease": "insitu.optim",
     "param_groups": "insitu.optim",
     "preset": "insitu.optim",
+    "quantize": "insitu.optim",
 }
 
 

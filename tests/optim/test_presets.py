@@ -14,11 +14,14 @@ from insitu.optim.presets import PRESETS, preset
 @pytest.mark.filterwarnings("ignore:rank=")
 def test_every_preset_makes_an_optimizer_that_steps(name: str) -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 12))
+    if name.startswith("q-"):
+        insitu.quantize(model, group_size=128)
     optimizer = insitu.APOLLO(insitu.param_groups(model), **preset(name))
-    before = model[1].weight.detach().clone()
+    before = [value.clone() for value in model.state_dict().values()]
     model(torch.tensor([1, 2])).square().sum().backward()
     optimizer.step()
-    assert not torch.equal(model[1].weight, before)
+    after = list(model.state_dict().values())
+    assert not torch.equal(after[1], before[1])  # the weight of the linear layer
 
 
 def test_the_numbers_of_the_paper() -> None:
@@ -30,6 +33,7 @@ def test_the_numbers_of_the_paper() -> None:
     assert all(PRESETS[name]["lr"] == 0.01 for name in PRESETS if "finetune" not in name)
     assert preset("apollo-mini-60m")["alpha"] == math.sqrt(128)
     assert preset("apollo-finetune")["lr"] == 3e-4
+    assert preset("q-apollo-350m") == {**preset("apollo-350m"), "eps": 1e-8}
 
 
 def test_a_preset_is_a_copy_and_an_unknown_name_lists_the_known() -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from insitu.optim.counting import StepCounts
 from insitu.optim.exchange import Links, Plan, run
+from insitu.optim.quantized import backend_for, refuse_for_int8
 from insitu.optim.rounding import Precision
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, distributed, local_gradient, local_of, part_of
@@ -66,6 +67,9 @@ class Task(NamedTuple):
     def precision(self) -> Precision:
         """How the parameter is stored."""
         p, how = self.part.tensor, self.group["rounding"]
+        if self.part.groups is not None:
+            key = mix(self.state["seed"], self.done) if how == "stochastic" else None
+            return Precision(key, self.part.start, groups=self.part.groups)
         if p.dtype == torch.bfloat16 and how == "stochastic":
             return Precision(mix(self.state["seed"], self.done), self.part.start)
         if "residual" in self.state:
@@ -130,6 +134,7 @@ class TensorWise(Optimizer):
             for i, p in enumerate(group["params"]):
                 name = name_of(group, i, offset + i)
                 refuse_unsuitable(p, name)
+                refuse_for_int8(local_of(p), group, name)
                 self._check_tensor(p, group, name)
         except ValueError:
             self.param_groups.pop()
@@ -250,6 +255,7 @@ class TensorWise(Optimizer):
         grad = p.grad
         assert grad is not None
         refuse_unsuitable(p, name)
+        refuse_for_int8(local_of(p), group, name)
         refuse_unsuitable(grad, f"the gradient of {name}")
         part = part_of(p, name)
         state = self.state[p]
@@ -279,7 +285,7 @@ class _Backends:
         self._made: dict[tuple[str, torch.device], Backend] = {}
 
     def of(self, group: dict[str, Any], p: Tensor) -> Backend:
-        chosen = group["backend"], p.device
+        chosen = backend_for(p, group["backend"]), p.device
         if chosen not in self._made:
             self._made[chosen] = choose(*chosen)
         return self._made[chosen]

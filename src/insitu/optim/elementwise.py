@@ -38,7 +38,7 @@ def plan_adamw(task: Task) -> Plan[Write]:
 def plan_sgd(task: Task) -> Plan[Write]:
     """Plain SGD with decoupled decay, and no state: G times eta."""
     group = task.group
-    G = task.gradient.reshape(1, -1, 1)
+    G = task.gradient.reshape(1, -1, task.precision.width)
     _, (square,), _ = yield Sum(task.backend.square(G.view(-1)).view(1, 1))
     live = is_live(square)
     eta = live * (-group["lr"] if group["maximize"] else group["lr"])

@@ -56,7 +56,7 @@ def param_groups(
     adamw    1 tensor       8 elements
                1.bias  (8,)
     """
-    roles = _roles(model, head)
+    roles = roles_of(model, head)
     groups: dict[str, dict[str, Any]] = {}
     unused = set(adamw)
     for name, parameter in model.named_parameters():
@@ -80,7 +80,7 @@ def param_groups(
     return ParamGroups(groups[role] for role in ("matrix", "conv", "dense", "adamw") if role in groups)
 
 
-def _roles(model: nn.Module, head: str | None) -> dict[int, str]:
+def roles_of(model: nn.Module, head: str | None) -> dict[int, str]:
     """The role of every parameter, by identity; "conv" is "matrix" read as first dimension x rest."""
     heads = {id(module) for module in _heads(model, head)}
     roles: dict[int, str] = {}

@@ -41,6 +41,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "apollo-mini-350m": {**_PRETRAIN, **_MINI},
     "apollo-mini-1b": {**_PRETRAIN, **_MINI},
     "apollo-mini-7b": {**_PRETRAIN, **_MINI},
+    # After insitu.quantize(model, group_size=128), the group size of the paper's int8 table; eps is that of the authors' int8
+    # optimizer. Their other numbers for it are not known to us: rank, alpha and learning rate are those of the float recipes.
+    "q-apollo-60m": {**_PRETRAIN, "rank": 128, "eps": 1e-8},
+    "q-apollo-130m": {**_PRETRAIN, "rank": 192, "eps": 1e-8},
+    "q-apollo-350m": {**_PRETRAIN, "rank": 256, "eps": 1e-8},
+    "q-apollo-mini-60m": {**_PRETRAIN, **_MINI, "eps": 1e-8},
+    "q-apollo-mini-130m": {**_PRETRAIN, **_MINI, "alpha": sqrt(192), "eps": 1e-8},
+    "q-apollo-mini-350m": {**_PRETRAIN, **_MINI, "eps": 1e-8},
     "apollo-finetune": {**_FINETUNE, "rank": 32, "alpha": sqrt(5)},
     "apollo-mini-finetune": {**_FINETUNE, **_MINI},
 }

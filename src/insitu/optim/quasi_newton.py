@@ -173,6 +173,7 @@ class ApolloQN(TensorWise):
     def _plan(self, task: Task) -> Plan[Write]:
         group, precision = task.group, task.precision
         size = _BLOCK * torch.get_num_threads() if isinstance(task.backend, Blocked) else _CHUNK
+        size = max(1, size // precision.width) * precision.width
         state = _state(task)
         if group["weight_decay"] and group["decay"] != "l2" and state.d is None:  # from here on it is needed
             task.state["direction"] = _zeros(group, task.part)

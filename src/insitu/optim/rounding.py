@@ -1,4 +1,4 @@
-"""Stochastic rounding of float32 to bfloat16, without a random generator.
+"""Stochastic rounding of float32 to bfloat16, or to the integers of int8 storage, without a random generator.
 
 A bf16 weight moves only when an update exceeds half its last place; a relative update of 1e-4 leaves 98 % of the
 weights unchanged under nearest rounding. Rounding up with probability equal to the discarded fraction keeps the mean.
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from insitu.optim.int8 import LARGEST, Groups
 from insitu.optim.seeds import mix
 
 
@@ -109,16 +110,49 @@ def round_into(out: Tensor, source: Tensor, key: int, start: Index = 0, scratch:
         done += count
 
 
+def round_to_integers(values: Tensor, key: int, start: Index = 0, scratch: Scratch | None = None) -> None:
+    """Round ``values`` (contiguous float32, magnitudes up to 127) down or up to integers, in place; the mean is kept to 2^-17.
+
+    Args as of :func:`round_into`; an element's random bits are the same as there.
+    """
+    flat = values.view(-1)
+    if isinstance(start, Tensor):
+        flat.add_(_uniform(_random_bits_at(key, start))).floor_()
+        return
+    scratch = scratch or make_scratch(values.device, max(2, min(_PIECE * torch.get_num_threads(), values.numel())))
+    done = 0
+    while done < flat.numel():
+        count = min(scratch.bits.numel(), flat.numel() - done, _PERIOD - (start + done) % _PERIOD)
+        flat[done : done + count].add_(_uniform(_random_bits(key, start + done, count, scratch))).floor_()
+        done += count
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """(k + 1/2) / 2^16 for 16 bits k in each int32, in their memory: as the mantissa of a float32 from 1 to 2, less 1.
+
+    Never 0 and never 1: an integer stays what it is.
+    """
+    bits.bitwise_left_shift_(7).bitwise_or_(0x3F800040)
+    return bits.view(torch.float32).sub_(1)
+
+
 class Precision(NamedTuple):
     """How one tensor is stored between steps; the arithmetic is float32 whatever it says.
 
     ``key`` asks for stochastic rounding, ``residual`` (the shape of the tensor, bf16) for compensated storage; neither is
-    rounding to nearest. ``start`` is the global index of the tensor's first element, or of each.
+    rounding to nearest. ``start`` is the global index of the tensor's first element, or of each. With ``groups`` what is
+    stored is int8.
     """
 
     key: int | None = None
     start: Index = 0
     residual: Tensor | None = None
+    groups: Groups | None = None
+
+    @property
+    def width(self) -> int:
+        """Elements that must be read and written together: a row of an int8 matrix, else 1."""
+        return 1 if self.groups is None else self.groups.cols
 
     def of(self, first: int, count: int) -> Precision:
         """For ``count`` elements from the local, flat index ``first`` on."""
@@ -126,15 +160,25 @@ class Precision(NamedTuple):
             self.key,
             self.start[first : first + count] if isinstance(self.start, Tensor) else self.start + first,
             None if self.residual is None else self.residual.view(-1)[first : first + count],
+            None if self.groups is None else self.groups.of(first, count),
         )
 
     def read(self, work: Tensor) -> Tensor:
-        """Add to ``work``, a float32 copy of the stored tensor, what the stored one could not hold."""
+        """Give ``work``, a float32 copy of the stored numbers, the values that they stand for."""
+        if self.groups is not None:
+            return self.groups.dequantize(work)
         return work if self.residual is None else work.view(-1).add_(self.residual.view(-1)).view(work.shape)
 
     def write(self, out: Tensor, work: Tensor, scratch: Scratch | None = None) -> None:
         """Store ``work`` in ``out``; the content of ``work`` is lost."""
-        if self.residual is not None:
+        if self.groups is not None:
+            steps = self.groups.requantize(work)
+            if self.key is None:
+                steps.round_()
+            else:
+                round_to_integers(steps, self.key, self.start, scratch)
+            out.copy_(steps.view(out.shape).clamp_(-LARGEST, LARGEST))
+        elif self.residual is not None:
             out.copy_(work)
             self.residual.view(-1).copy_(work.view(-1).sub_(out.view(-1)))
         elif self.key is not None:

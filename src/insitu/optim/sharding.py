@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 from insitu.optim.exchange import Links, chunk, own_chunk
+from insitu.optim.int8 import Groups
 from insitu.optim.projection import Layout
+from insitu.optim.quantized import Int8Weight
 
 
 class Part(NamedTuple):
     """The part of a tensor that is here."""
 
-    tensor: Tensor  # local, sharing memory with the parameter
+    tensor: Tensor  # local, sharing memory with the parameter; its int8 numbers, if it is stored so
     shape: tuple[int, ...]  # of the whole
     first: tuple[int | Tensor, ...]  # where the part begins along each dimension; all its places where it has gaps
     sharded: tuple[tuple[int, int], ...] = ()  # (mesh dimension, tensor dimension)
     mesh: Any = None
     placements: tuple[Any, ...] = ()
+    groups: Groups | None = None  # of an int8 weight
 
     @property
     def start(self) -> int | Tensor:
@@ -66,7 +69,7 @@ def part_of(tensor: Tensor, name: str) -> Part:
         ValueError: a DTensor whose values are still partial sums.
     """
     if not is_dtensor(tensor):
-        return Part(tensor.detach(), tuple(tensor.shape), (0,) * tensor.ndim)
+        return Part(_stored(tensor), tuple(tensor.shape), (0,) * tensor.ndim, groups=_groups(tensor))
     from torch.distributed.tensor import DTensor
 
     assert isinstance(tensor, DTensor)
@@ -84,7 +87,16 @@ def part_of(tensor: Tensor, name: str) -> Part:
         f"{name}: {tuple(local.shape)} is here, but {expected} by {tensor.placements}"
     )
     first = tuple(first for first, _ in places)
-    return Part(local, tuple(tensor.shape), first, sharded, tensor.device_mesh, tuple(tensor.placements))
+    placements = tuple(tensor.placements)
+    return Part(_stored(local), tuple(tensor.shape), first, sharded, tensor.device_mesh, placements, _groups(local))
+
+
+def _stored(local: Tensor) -> Tensor:
+    return local.int_data if isinstance(local, Int8Weight) else local.detach()
+
+
+def _groups(local: Tensor) -> Groups | None:
+    return local.groups if isinstance(local, Int8Weight) else None
 
 
 def _place(tensor: Any, dim: int) -> tuple[int | Tensor, int]:

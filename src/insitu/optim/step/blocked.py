@@ -103,7 +103,9 @@ class Blocked:
         """As the reference, a block of elements at a time."""
         if not live:
             return
-        for first, count in self._blocks(W.numel(), 1):
+        width = precision.width
+        for row, rows in self._blocks(W.numel() // width, width):
+            first, count = row * width, rows * width
             here, m, v = (x.narrow(0, first, count) for x in (W, M, V))
             precise = precision.of(first, count)
             m32, v32 = m.float(), v.float()
