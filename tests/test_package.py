@@ -25,7 +25,7 @@ def test_public_names_resolve_and_unknown_ones_name_them() -> None:
 def test_every_verb_explains_itself() -> None:
     from insitu.cli import app
 
-    verbs = ["demo", "serve", "chat", "learn", "status", "versions", "rollback", "doctor"]
+    verbs = ["demo", "serve", "chat", "learn", "status", "versions", "rollback", "memory", "doctor"]
     told = subprocess.run(
         [sys.executable, "-m", "insitu.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout

@@ -123,3 +123,13 @@ def test_tensors_that_cannot_be_optimized_are_refused_by_name() -> None:
     sparse(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
+
+
+def test_what_decays_may_be_named_and_splits_a_role_in_two() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    groups = insitu.param_groups(model, weight_decay=0.1, decays={"0.weight", "1.bias"})
+    assert [(g["role"], g["weight_decay"], g["param_names"]) for g in groups] == [
+        ("matrix", 0.1, ["0.weight"]), ("matrix", 0.0, ["1.weight"]), ("adamw", 0.1, ["1.bias"]), ("adamw", 0.0, ["0.bias"])
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="decays names 1 parameters but no weight_decay: give both"):
+        insitu.param_groups(model, decays={"0.weight"})

@@ -119,6 +119,6 @@ def test_groups_of_a_model_with_roles_are_taken() -> None:
     optimizer = make(insitu.param_groups(m, weight_decay=0.1), ApolloQNW)
     train(m, optimizer, range(2))
     assert {tuple(sorted(s)) for s in map(optimizer.state.get, m.parameters()) if "direction" in s} == {
-        ("direction", "exp_avg", "floor", "hessian", "offset", "seed", "skipped", "step")
+        ("direction", "exp_avg", "floor", "hessian", "numel", "offset", "seed", "skipped", "step")
     }
     assert "direction" not in optimizer.state[m[1].bias], "no decay there, so no third state"

@@ -3,7 +3,7 @@
 from cyclopts import App
 
 from insitu import __version__
-from insitu.cli import canary, intake, serving, teaching, versions
+from insitu.cli import canary, intake, memory, serving, teaching, versions
 
 app = App(name="insitu", version=__version__, help="Train the model you are serving, in place.")
 for verb in (
@@ -20,6 +20,7 @@ for verb in (
     versions.unpin,
     versions.export,
     canary.canary,
+    memory.memory,
     serving.doctor,
 ):
     app.command(verb)

@@ -74,10 +74,10 @@ class APOLLO(TensorWise):
     Every option may be given per group, and changed between steps. A changed rank starts the moments afresh.
 
     State of a parameter, made at its first step: ``step`` (int64, steps with a finite gradient that is not zero),
-    ``skipped`` (int64), ``seed``; ``exp_avg`` and ``exp_avg_sq`` (2 r n numbers, or 2 m n with AdamW, of 4 or 2 bytes each;
-    none with "sgd"); where it is projected, ``update_norm`` (float32, one per matrix); with "svd" ``projection`` (r x m,
-    float32); with "compensated" ``residual`` (2 bytes per element). A gradient that is all zero changes nothing of its
-    tensor. Of a DTensor, ``exp_avg``, ``exp_avg_sq`` and ``residual`` are DTensors on its mesh.
+    ``skipped`` (int64), ``seed`` and ``numel`` (numbers); ``exp_avg`` and ``exp_avg_sq`` (2 r n numbers, or 2 m n with
+    AdamW, of 4 or 2 bytes each; none with "sgd"); where it is projected, ``update_norm`` (float32, one per matrix); with
+    "svd" ``projection`` (r x m, float32); with "compensated" ``residual`` (2 bytes per element). A gradient that is all
+    zero changes nothing of its tensor. Of a DTensor, ``exp_avg``, ``exp_avg_sq`` and ``residual`` are DTensors on its mesh.
 
     Raises:
         ValueError: a bad option, with its name, value, what was expected and the way out; sparse or complex tensors.
@@ -210,6 +210,8 @@ class APOLLO(TensorWise):
         state = {k: distributed(torch.zeros(parts.moments, **of), size.moments, part, parts.placements) for k in names}
         norms = torch.zeros(size.norms and parts.stack[1:], device=p.device)
         state["update_norm"] = distributed(norms, size.norms, part, parts.norm_placements) if size.norms else norms
+        if group["projection"] == "svd":  # not known before the first gradient
+            state["projection"] = torch.zeros(size.stack or 1, size.rank, size.projected, device=p.device)
         return state
 
     def _links(self, task: Task) -> Links:
@@ -280,7 +282,7 @@ class APOLLOMini(APOLLO):
 
 def _singular(task: Task, size: Layout) -> Tensor:
     """The projections of "svd", (b, r, m): those of the state, or at a refresh the gradient's singular vectors."""
-    known = task.state.get("projection")
+    known = task.state.get("projection") if task.done else None
     if known is not None and task.done % task.group["refresh"]:
         return known  # type: ignore[no-any-return]
     assert task.parameter.grad is not None

@@ -20,7 +20,7 @@ from insitu.optim.rounding import Precision
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, distributed, local_gradient, local_of, part_of
 from insitu.optim.step import Backend, choose
-from insitu.optim.tensors import name_of, readable, refuse_unsuitable
+from insitu.optim.tensors import name_of, readable, refuse_changed, refuse_other_state, refuse_unsuitable
 
 Write = Callable[[Backend], None]
 
@@ -97,6 +97,7 @@ class TensorWise(Optimizer):
     def _forget(self) -> None:
         """Start afresh with what follows from the state, and so is not in a copy or a checkpoint."""
         self._counts = StepCounts()
+        self._seen: dict[Tensor, tuple[torch.Size, torch.dtype]] = {}
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise ValueError for the first bad option of a group."""
@@ -141,9 +142,18 @@ class TensorWise(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but the state keeps its own types: torch would cast the moments to the parameter's."""
+        """As torch's, but the state keeps its own types: torch would cast the moments to the parameter's.
+
+        Raises:
+            ValueError: state of another optimizer, or of tensors of other shapes; nothing has changed then.
+        """
         seen: list[dict[str, Any]] = []  # the dict as the user's own hooks have left it
-        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
+
+        def inspect(_: Optimizer, loaded: dict[str, Any]) -> None:
+            seen.append(loaded)
+            self._refuse_foreign(loaded)
+
+        hook = self.register_load_state_dict_pre_hook(inspect)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -155,6 +165,27 @@ class TensorWise(Optimizer):
             for name, value in seen[0]["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(device=p.device, copy=True).contiguous()
+
+    def _refuse_foreign(self, loaded: dict[str, Any]) -> None:
+        """ValueError for state that is no state of the tensors here. What does not match in number is torch's to refuse."""
+        position = 0
+        for mine, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
+            if missing := self.defaults.keys() - saved.keys() - {"differentiable"}:  # which torch adds itself, later
+                raise ValueError(
+                    f"the loaded group of {name_of(mine, 0, position)} has no {', '.join(sorted(missing))}: expected a "
+                    f"state_dict of {type(self).__name__}; load it into the optimizer that made it, or start afresh"
+                )
+            for i, (p, index) in enumerate(zip(mine["params"], saved["params"], strict=False)):
+                if state := loaded["state"].get(index):
+                    refuse_other_state(p, {**mine, **saved}, name_of(mine, i, position + i), state)
+            position += len(mine["params"])
+
+    def initial_state(self, p: Tensor, group: dict[str, Any], name: str = "parameter", seed: int = 0) -> dict[str, Any]:
+        """What the state of ``p`` in ``group`` is before its first step, on its device: of a meta tensor it costs nothing."""
+        part = part_of(p, name)
+        counts = {count: torch.zeros((), dtype=torch.int64, device=p.device) for count in ("step", "skipped")}
+        state = {**counts, "seed": seed, "numel": p.numel(), **self._new_state(p, group, part, name)}
+        return {**state, **_residual(p, group, part)}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -257,20 +288,17 @@ class TensorWise(Optimizer):
         refuse_unsuitable(p, name)
         refuse_for_int8(local_of(p), group, name)
         refuse_unsuitable(grad, f"the gradient of {name}")
+        refuse_changed(p, name, *self._seen.setdefault(p, (p.shape, p.dtype)))
         part = part_of(p, name)
         state = self.state[p]
         if not self._fits(p, group, name, state):  # none yet, or of another rank: it means nothing in the new space
             seed = state.get("seed", mix(group["seed"], position))
             state.clear()
-            for count in ("step", "skipped"):
-                state[count] = torch.zeros((), dtype=torch.int64, device=p.device)
-            state.update(seed=seed, **self._new_state(p, group, part, name))
-        if group["rounding"] == "compensated" and p.dtype in (torch.bfloat16, torch.float16):
-            if "residual" not in state:
-                residual = torch.zeros_like(part.tensor, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-                state["residual"] = distributed(residual, part.shape, part, part.placements)
-        else:
+            state.update(self.initial_state(p, group, name, seed))
+        if not _compensated(p, group):
             state.pop("residual", None)
+        elif "residual" not in state:
+            state.update(_residual(p, group, part))
         task = Task(p, group, name, part, local_gradient(p, grad), 0, state, backends.of(group, part.tensor))
         done, newly_skipped = self._counts.read(p, state)
         if newly_skipped:
@@ -289,6 +317,18 @@ class _Backends:
         if chosen not in self._made:
             self._made[chosen] = choose(*chosen)
         return self._made[chosen]
+
+
+def _compensated(p: Tensor, group: dict[str, Any]) -> bool:
+    return group["rounding"] == "compensated" and p.dtype in (torch.bfloat16, torch.float16)
+
+
+def _residual(p: Tensor, group: dict[str, Any], part: Part) -> dict[str, Tensor]:
+    """What does not fit into the parameter: the second tensor of ``rounding="compensated"``, if it is asked for."""
+    if not _compensated(p, group):
+        return {}
+    residual = torch.zeros_like(part.tensor, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    return {"residual": distributed(residual, part.shape, part, part.placements)}
 
 
 def _refuse_nonfinite(task: Task) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,7 +29,12 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def param_groups(
-    model: nn.Module, *, head: str | None = None, adamw: Sequence[str] = (), weight_decay: float | None = None
+    model: nn.Module,
+    *,
+    head: str | None = None,
+    adamw: Sequence[str] = (),
+    weight_decay: float | None = None,
+    decays: Collection[str] | None = None,
 ) -> ParamGroups:
     """Group the trainable parameters of ``model`` by how an optimizer of this package treats them.
 
@@ -40,12 +45,14 @@ def param_groups(
         adamw: patterns (``fnmatch``) of parameter names that keep AdamW whatever they are.
         weight_decay: decay of the groups "matrix" and "dense"; vectors and scalars then get 0. By default the
             optimizer's own value counts everywhere.
+        decays: names of the parameters that get ``weight_decay``, in place of that rule; the others get 0. Where a role
+            has both, it is two groups.
 
     Returns:
         A list of dicts with ``params``, ``param_names``, ``role``. ``print`` it to see the grouping.
 
     Raises:
-        ValueError: a pattern that matches nothing, a head that is not there.
+        ValueError: a pattern that matches nothing, a head that is not there, ``decays`` without ``weight_decay``.
 
     >>> groups = param_groups(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8)))
     >>> print(groups)
@@ -56,8 +63,10 @@ def param_groups(
     adamw    1 tensor       8 elements
                1.bias  (8,)
     """
+    if decays is not None and weight_decay is None:
+        raise ValueError(f"decays names {len(decays)} parameters but no weight_decay: give both, or neither")
     roles = roles_of(model, head)
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     unused = set(adamw)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -67,17 +76,19 @@ def param_groups(
         unused -= hits
         if hits:
             role = "adamw"
-        group = groups.setdefault(role, {"params": [], "param_names": [], "role": role})
+        decaying = role != "adamw" if decays is None else name in decays
+        group = groups.setdefault((role, decaying), {"params": [], "param_names": [], "role": role})
         group["params"].append(parameter)
         group["param_names"].append(name)
     if unused:
         raise ValueError(f"adamw={sorted(unused)!r} matches no trainable parameter of the model; remove or correct it")
-    for role, group in groups.items():
+    for (role, decaying), group in groups.items():
         if role == "conv":
             group.update(role="matrix", conv=True)
         if weight_decay is not None:
-            group["weight_decay"] = 0.0 if role == "adamw" else weight_decay
-    return ParamGroups(groups[role] for role in ("matrix", "conv", "dense", "adamw") if role in groups)
+            group["weight_decay"] = weight_decay if decaying else 0.0
+    order = ((role, decaying) for role in ("matrix", "conv", "dense", "adamw") for decaying in (True, False))
+    return ParamGroups(groups[key] for key in order if key in groups)
 
 
 def roles_of(model: nn.Module, head: str | None) -> dict[int, str]:

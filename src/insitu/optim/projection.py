@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from insitu.optim.seeds import mix
 
+CACHE_BYTES = 64 << 20  # of all projections that are kept between steps
 PROJECTIONS = ("gaussian", "rademacher", "sketch", "svd")
 
 
@@ -140,7 +141,7 @@ class ProjectionCache:
     They are no state: they follow from seed and refresh index.
     """
 
-    def __init__(self, limit: int = 64 << 20) -> None:
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit
         self._held: dict[Tensor, tuple[tuple[object, ...], Projection]] = {}
         self._bytes = 0

@@ -65,8 +65,8 @@ class ApolloQN(TensorWise):
     the warm-up too (the author's implementation ignores it until the warm-up ends), and where it warms up itself both
     slow down; then give ``warmup=0``. Where lr < init_lr, eta_t is lr, so lr=0 keeps the weights still.
 
-    State of a parameter: ``step``, ``skipped``, ``seed`` as in :class:`insitu.APOLLO`; ``floor`` and ``offset`` (what
-    bounds |B| from below, and what is added, 0-dim float32); and per element
+    State of a parameter: ``step``, ``skipped``, ``seed``, ``numel`` as in :class:`insitu.APOLLO`; ``floor`` and ``offset``
+    (what bounds |B| from below, and what is added, 0-dim float32); and per element
 
     ==========================================  ==============================  =======================================
     rebound, decay                              state                           bytes, "float32" / "bfloat16" moments
@@ -166,7 +166,8 @@ class ApolloQN(TensorWise):
         )
 
     def _new_state(self, p: Tensor, group: dict[str, Any], part: Part, name: str) -> dict[str, Any]:
-        state = {k: _zeros(group, part) for k in ("exp_avg", "hessian")}
+        names = ("exp_avg", "hessian", "direction") if _keeps_direction(group) else ("exp_avg", "hessian")
+        state = {k: _zeros(group, part) for k in names}
         # Not 0, so that the direction before the first step is 0 / 1.
         return {**state, "floor": torch.ones((), device=p.device), "offset": torch.zeros((), device=p.device)}
 
@@ -175,7 +176,7 @@ class ApolloQN(TensorWise):
         size = _BLOCK * torch.get_num_threads() if isinstance(task.backend, Blocked) else _CHUNK
         size = max(1, size // precision.width) * precision.width
         state = _state(task)
-        if group["weight_decay"] and group["decay"] != "l2" and state.d is None:  # from here on it is needed
+        if _keeps_direction(group) and state.d is None:  # from here on it is needed
             task.state["direction"] = _zeros(group, task.part)
             known, state = state, _state(task)
             assert state.d is not None
@@ -219,6 +220,11 @@ def _state(task: Task) -> State:
 def _zeros(group: dict[str, Any], part: Part) -> Tensor:
     local = torch.zeros(part.tensor.shape, dtype=_moment_dtype(group), device=part.tensor.device)
     return distributed(local, part.shape, part, part.placements)
+
+
+def _keeps_direction(group: dict[str, Any]) -> bool:
+    """Whether it holds a share of the weights, and so does not follow from the rest of the state."""
+    return bool(group["weight_decay"]) and group["decay"] != "l2"
 
 
 def _moment_dtype(group: dict[str, Any]) -> torch.dtype:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from insitu.optim.projection import matrix_shape
+
 
 def name_of(group: dict[str, Any], index: int, position: int) -> str:
     """For messages only: nothing else may depend on names, which wrappers change."""
@@ -44,3 +46,49 @@ def refuse_flattened(name: str, shape: torch.Size) -> None:
         f"{name} has the shape {tuple(shape)} but was given as a matrix: a wrapper (DeepSpeed ZeRO, FSDP1) has flattened it, "
         "and rows and columns matter here; use fully_shard (FSDP2), or torch.optim.AdamW with that wrapper"
     )
+
+
+def refuse_changed(p: Tensor, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    """ValueError for a parameter that is not any more what it was when the optimizer met it."""
+    if p.shape != shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(p.shape)}, but {tuple(shape)} when this optimizer first stepped it: expected the "
+            "same tensor, since its moments belong to its elements; make a new optimizer for the new tensor"
+        )
+    if p.dtype != dtype:
+        raise ValueError(
+            f"{name} is {p.dtype}, but {dtype} when this optimizer first stepped it: expected one type throughout, since the "
+            "bits lost in between are lost; convert the model before its first step, or, where this is meant, take the state "
+            "over (it does not depend on the type) with optimizer.load_state_dict(optimizer.state_dict())"
+        )
+
+
+def refuse_other_state(p: Tensor, group: dict[str, Any], name: str, state: dict[str, Any]) -> None:
+    """ValueError for a loaded ``state`` that is another optimizer's, or of a tensor of another shape than ``p``.
+
+    At any rank and in any role: those are options, and may have changed after the last step.
+    """
+    if not {"seed", "skipped", "numel"} <= state.keys():
+        raise ValueError(
+            f"the loaded state of {name} has the entries {', '.join(map(str, sorted(state)))}: expected the state of an "
+            "optimizer of this package (step, skipped, seed, numel, ...); load it into the one that made it, or start afresh"
+        )
+    moments = state.get("exp_avg")
+    found = p.shape if moments is None else moments.shape
+    if state["numel"] != p.numel() or not (found == p.shape or _sketches(found, p.shape, bool(group.get("conv")))):
+        raise ValueError(
+            f"the loaded state of {name} is of a tensor of {state['numel']} elements with moments {tuple(found)}, but {name} "
+            f"has the shape {tuple(p.shape)}: expected the state of the same tensor; give the optimizer the parameters in the "
+            "order of the run that saved it, or leave this state out"
+        )
+
+
+def _sketches(moments: torch.Size, shape: torch.Size, conv: bool) -> bool:
+    """Whether ``moments`` are those of a projected tensor of ``shape`` at some rank."""
+    if len(shape) < 2:
+        return False
+    stack, rows, cols = matrix_shape(shape, conv=conv)
+    if len(moments) != (2 if stack is None else 3) or (stack is not None and moments[0] != stack):
+        return False
+    rank, channels = (moments[-1], moments[-2]) if rows >= cols else (moments[-2], moments[-1])
+    return channels == max(rows, cols) and rank <= min(rows, cols)
