@@ -54,6 +54,31 @@ def assert_released(m: nn.Module, before: nn.Module) -> None:
 # --- the same as the plain step ---
 
 
+@pytest.mark.parametrize("kind", [APOLLO, APOLLOMini])
+def test_int8_weights_are_released_too(kind: type[APOLLO]) -> None:
+    plain, released = (nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 30), nn.Linear(30, 9)) for _ in "ab")
+    released.load_state_dict(plain.state_dict())
+    optimizers = []
+    for m in (plain, released):
+        assert insitu.quantize(m, group_size=16)
+        options = {} if kind is APOLLOMini else {"rank": 4}
+        optimizers.append(kind(insitu.param_groups(m), lr=0.02, **options))
+    release = GradientRelease(optimizers[1])
+    start = {name: value.clone() for name, value in plain.state_dict().items()}
+    for step in range(5):
+        x = torch.randn(6, 24, generator=torch.Generator().manual_seed(step))
+        for m, optimizer in zip((plain, released), optimizers, strict=True):
+            m(x).square().mean().backward()
+            if m is released:
+                assert all(is_released(p) for p in m.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    release.remove()
+    for (name, mine), theirs in zip(plain.state_dict().items(), released.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert not torch.equal(plain.state_dict()["0.weight_int8"], start["0.weight_int8"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_the_plain_step_bit_for_bit(make: Make, dtype: torch.dtype) -> None:
     plain, released = model(dtype), model(dtype)
