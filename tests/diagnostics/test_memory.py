@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import insitu
 from insitu.diagnostics.memory import INT8_GROUP, OPTIMIZERS, PEERS, memory
 from insitu.diagnostics.skeleton import LLAMAS, skeleton
+from insitu.optim import quantize
+from insitu.optim.quantized import Int8Weight
 
 
 class Odd(nn.Module):
@@ -154,6 +156,18 @@ def test_int8_weights_are_a_byte_each_and_a_scale_for_each_group() -> None:
     saved = memory(model, "apollo-mini").weights - memory(model, "q-apollo-mini").weights
     assert INT8_GROUP == 128
     assert saved == 300 * 10 * (2 - 1) - 10 * 3 * 2
+
+
+def test_int8_weights_are_what_quantize_makes() -> None:
+    """The same layers, and the same bytes."""
+    model = nn.Sequential(nn.Embedding(11, 40), nn.Linear(40, 300), nn.Conv1d(4, 4, 3), nn.Linear(300, 7, bias=False))
+    foretold = memory(model, "q-apollo-mini").weights
+    quantized = quantize(model)
+    assert quantized
+    stored = sum(
+        p.int_data.nbytes + p.scale.nbytes if isinstance(p, Int8Weight) else p.nbytes for p in model.parameters()
+    )
+    assert foretold == stored
 
 
 def test_a_7b_model_is_trained_by_mini_with_less_than_a_tenth_of_a_gigabyte_of_state() -> None:

@@ -102,6 +102,28 @@ def test_a_gradient_without_a_direction_changes_nothing(arm: str, backend: str, 
         assert torch.equal(torch.as_tensor(value), state[name] + (name == "skipped" and bad != 0)), name
 
 
+@pytest.mark.filterwarnings("ignore:rank=", "ignore:warmup=")
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_matrix_of_several_blocks_is_cut_between_rows(arm: str) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # blocks of up to 65,536 elements: here 648 rows, then 52
+    try:
+        both = []
+        for backend in BACKENDS:
+            p = int8(some(700, 101, seed=1), 16)
+            start = p.int_data.clone()
+            optimizer = made(arm, p, backend=backend)
+            for step in range(2):
+                p.grad = some(700, 101, seed=10 + step)
+                optimizer.step()
+            assert all((p.int_data != start)[rows].any() for rows in (slice(648), slice(648, 700)))
+            both.append(p.dequantize())
+        # A sum in another order may carry a number over the edge of its rounding, which is one step of its scale.
+        assert ((both[0] - both[1]).abs() > 1e-6).float().mean() < 1e-3
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_learning_rate_and_no_decay_keep_every_bit(backend: str) -> None:
     p = int8(some(40, 24, seed=1), 8)

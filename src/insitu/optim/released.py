@@ -69,9 +69,10 @@ def free(p: Tensor, name: str, square: Tensor, refilled: bool = False) -> None:
     ``square`` is |G|^2 of the whole tensor, which knows nothing of the norm of a part.
     """
     assert p.grad is not None
-    norm = torch.linalg.vector_norm(local_gradient(p, p.grad)) if is_dtensor(p) else square.sqrt()
+    gradient = local_gradient(p, p.grad)  # of an int8 weight in the type of the activations
+    norm = torch.linalg.vector_norm(gradient) if is_dtensor(p) else square.sqrt()
     part = part_of(p, name)
-    p.grad = distributed(Released(part.tensor, name, norm, refilled), part.shape, part, part.placements)
+    p.grad = distributed(Released(gradient, name, norm, refilled), part.shape, part, part.placements)
 
 
 def is_released(p: Tensor) -> bool:
