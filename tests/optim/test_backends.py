@@ -24,7 +24,7 @@ from insitu.optim.step import native
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = ["triton"] if INTERPRETED else ["blocked", "native", "compiled"]
-SHAPES = [(70, 40), (40, 70), (33, 33), (3, 21, 17), (2, 9, 30), (1, 19), (19, 1), (37,)]
+SHAPES = [(34, 20), (20, 34), (17, 17), (3, 11, 7), (2, 5, 12), (1, 19), (19, 1), (37,)]
 OPTIONS: list[dict[str, Any]] = [
     {"rank": 1},
     {"rank": 5},
@@ -34,6 +34,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"rank": 5, "denominator": "exact", "weight_decay": 0.1, "projection": "sketch"},
     {"rank": 1, "weight_decay": 0.1, "maximize": True},
     {"rank": 5, "rounding": "compensated", "moments": "bfloat16"},
+]
+# Every kind of graph costs a second or two to compile, and the interpreter milliseconds per program: fewer of both.
+FEW = [0, 2, 5, 7]
+CASES = [
+    pytest.param(backend, shape, options, id=f"{backend}-{shape}-{options}")
+    for backend in HERE
+    for i, options in enumerate(OPTIONS)
+    for shape in SHAPES
+    if backend in ("blocked", "native") or (i in FEW and (shape in SHAPES[:2] or i == 0))
 ]
 
 
@@ -60,9 +69,7 @@ def stepped(
     return torch.stack([p.detach() for p in params]), optimizer.state[params[2]]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize(("backend", "shape", "options"), CASES)
 def test_float32_is_the_reference_to_its_last_places(
     backend: str, shape: tuple[int, ...], options: dict[str, Any]
 ) -> None:
@@ -76,9 +83,7 @@ def test_float32_is_the_reference_to_its_last_places(
         torch.testing.assert_close(its[name], state[name], rtol=tolerance, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize(("backend", "shape", "options"), CASES)
 def test_bf16_draws_the_bits_of_the_reference(backend: str, shape: tuple[int, ...], options: dict[str, Any]) -> None:
     expected, _ = stepped("reference", shape, torch.bfloat16, **options)
     found, _ = stepped(backend, shape, torch.bfloat16, **options)
@@ -89,7 +94,7 @@ def test_bf16_draws_the_bits_of_the_reference(backend: str, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(70, 40), (40, 70), (37,)], ids=str)
+@pytest.mark.parametrize("shape", [(34, 20), (20, 34), (37,)], ids=str)
 @pytest.mark.parametrize("backend", HERE)
 def test_float16_and_float64(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     expected, _ = stepped("reference", shape, dtype, rank=5)
@@ -145,7 +150,7 @@ def test_triton_in_its_interpreter_passes_the_same_cases() -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
-    assert f"{(2 * len(OPTIONS) * len(SHAPES))}" <= ran.stdout, "the cases were not run"
+    assert int(ran.stdout.split(" passed")[0].split()[-1]) > 30, "the cases were not run"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of torch.compile")

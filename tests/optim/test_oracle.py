@@ -168,15 +168,18 @@ def test_a_stack_is_so_many_matrices_of_one_projection(
     np.testing.assert_allclose(state["update_norm"].numpy(), [oracle.last for oracle in oracles], rtol=1e-4)
 
 
-def test_blocks_smaller_than_a_matrix_change_nothing() -> None:
-    shape = (1500, 200)  # more elements than one block of the CPU backend
+def test_blocks_smaller_than_a_matrix_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (150, 20)
+    for size in ("_ELEMENTS", "_READ_ELEMENTS"):
+        monkeypatch.setattr(f"insitu.optim.step.blocked.{size}", 512 // torch.get_num_threads())
+    monkeypatch.setattr("insitu.optim.step.blocked._FEWEST_COLUMNS", 16)
     gradients = some_gradients(shape, 2)
     for kind in ("gaussian", "sketch"):
         # The exact denominator shows each |G_j|; of the limiter's norm a missing block would be a constant factor.
         options: dict[str, Any] = {"kind": kind, "rank": 8, "denominator": "exact", "backend": "blocked"}
         W, oracle, _ = run_both(shape, gradients, **options)
         assert_agree(W, oracle)
-        W, oracle, _ = run_both((200, 1500), [g.T for g in gradients], **options)
+        W, oracle, _ = run_both((20, 150), [g.T for g in gradients], **options)
         assert_agree(W, oracle)
 
 

@@ -135,12 +135,17 @@ def _nothing() -> None:
 
 def make_optimizer(model: Any, config: TeachConfig) -> APOLLO:
     """The configured optimizer over every trainable tensor, embeddings and head projected too (``dense="apollo"``)."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "dense": "apollo",
+        "limiter": config.limiter,
+        "seed": config.seed,
+        "backend": "auto" if on_cpu else "reference",  # nothing is compiled while requests wait
+    }
     if config.optimizer == "apollo-mini":
-        return APOLLOMini(
-            param_groups(model), lr=config.learning_rate, dense="apollo", limiter=config.limiter, seed=config.seed
-        )
-    groups = list(_capped(param_groups(model), config))
-    return APOLLO(groups, lr=config.learning_rate, dense="apollo", limiter=config.limiter, seed=config.seed)
+        return APOLLOMini(param_groups(model), **options)
+    return APOLLO(list(_capped(param_groups(model), config)), **options)
 
 
 def _capped(groups: Sequence[dict[str, Any]], config: TeachConfig) -> Iterator[dict[str, Any]]:

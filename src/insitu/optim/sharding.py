@@ -10,6 +10,7 @@ R, and so of the moments, on every process of the second mesh dimension.
 
 from __future__ import annotations
 
+import functools
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ class Part(NamedTuple):
     @property
     def start(self) -> int | Tensor:
         """Global row-major index of the first element; of each element, (n,) int64, where they are not neighbours."""
+        if self.mesh is None:
+            return 0
         size = self.tensor.shape
         strides = [prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
         partial = [d for d in range(len(size)) if size[d] != self.shape[d]]
@@ -59,7 +62,12 @@ class Part(NamedTuple):
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without importing torch.distributed for those who need none."""
-    return any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
+    return _is_dtensor_type(type(tensor))
+
+
+@functools.cache
+def _is_dtensor_type(kind: type) -> bool:
+    return any(base.__name__ == "DTensor" for base in kind.__mro__)
 
 
 def part_of(tensor: Tensor, name: str) -> Part:

@@ -9,6 +9,7 @@
 namespace {
 
 using bf16 = uint16_t;
+constexpr int64_t AHEAD = 4096;  // bytes
 constexpr int64_t PIECE = 512;  // columns of a wide matrix that one thread takes at a time: sums of them stay in its first cache
 
 inline float bits_to_float(uint32_t bits) {
@@ -30,11 +31,19 @@ inline void store(bf16& out, float x) {  // to nearest even
 }
 
 // As insitu.optim.rounding has it, to the bit.
-inline uint32_t random_bits(uint32_t place, uint32_t base, uint32_t factor) {
-  uint32_t word = base + (place >> 1) * 0x9E3779B1u;
+inline uint32_t random_word(uint32_t index, uint32_t base, uint32_t factor) {
+  uint32_t word = base + index * 0x9E3779B1u;
   word = (word ^ uint32_t(int32_t(word) >> 15)) * factor;
-  word = (word ^ uint32_t(int32_t(word) >> 15)) * 0x85EBCA6Bu;
-  return (word >> ((place & 1) << 4)) & 0xFFFF;
+  return (word ^ uint32_t(int32_t(word) >> 15)) * 0x85EBCA6Bu;
+}
+inline uint32_t random_bits(uint32_t place, uint32_t base, uint32_t factor) {
+  return (random_word(place >> 1, base, factor) >> ((place & 1) << 4)) & 0xFFFF;
+}
+
+// What a core fetches ahead by itself ends with a page of 4 kB: ask for what comes after.
+template <class T>
+inline void fetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
 }
 
 // A row of G in float32: itself, or a copy in scratch memory.
@@ -52,6 +61,7 @@ void measure_one_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols
     const T* g = G[at / rows] + (at % rows) * cols;
     const float* p = P[at / rows];
     float r = 0, square = 0;
+    fetch(g + AHEAD / int64_t(sizeof(T)), cols);
 #pragma omp simd reduction(+ : r, square)
     for (int64_t i = 0; i < cols; i++) {
       float x = load(g[i]);
@@ -87,13 +97,14 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
 
 template <class T>
 void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
-                         const float* const* signs, int64_t rank, int64_t repeats, float* R, float* G_sq) {
+                         const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq, float* G_sq) {
 #pragma omp parallel
   {
     std::vector<float> scratch(cols);
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < num * rows; at++) {
       int64_t t = at / rows;
+      fetch(G[t] + (at % rows) * cols + AHEAD / int64_t(sizeof(T)), cols);
       const float* g = as_float(G[t] + (at % rows) * cols, cols, scratch.data());
       float square = 0;
 #pragma omp simd reduction(+ : square)
@@ -111,18 +122,22 @@ void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t c
           for (int64_t b = 0; b < rank; b++) r[b] += sign[b] * g[from[b]];
         }
       }
+      float norm = 0;
+#pragma omp simd reduction(+ : norm)
+      for (int64_t b = 0; b < rank; b++) norm += r[b] * r[b];
+      R_sq[at] = norm;
     }
   }
 }
 
 template <class T>
 void measure_sketch_wide(int64_t num, const T* const* G, int64_t cols, const int32_t* const* order,
-                         const float* const* signs, int64_t rank, int64_t repeats, float* R, float* G_sq) {
+                         const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq, float* G_sq) {
   int64_t pieces = (cols + PIECE - 1) / PIECE;
 #pragma omp parallel for schedule(static)
   for (int64_t at = 0; at < num * pieces; at++) {
     int64_t t = at / pieces, first = at % pieces * PIECE, count = std::min(PIECE, cols - first);
-    float square[PIECE] = {}, sum[PIECE];
+    float square[PIECE] = {}, norm[PIECE] = {}, sum[PIECE];
     for (int64_t b = 0; b < rank; b++) {
       std::fill(sum, sum + count, 0.0f);
       for (int64_t k = 0; k < repeats; k++) {
@@ -136,20 +151,91 @@ void measure_sketch_wide(int64_t num, const T* const* G, int64_t cols, const int
           square[j] += x * x;
         }
       }
+#pragma omp simd
+      for (int64_t j = 0; j < count; j++) norm[j] += sum[j] * sum[j];
       std::copy(sum, sum + count, R + (t * rank + b) * cols + first);
     }
+    std::copy(norm, norm + count, R_sq + t * cols + first);
     std::copy(square, square + count, G_sq + t * cols + first);
   }
 }
 
 struct Adam {
-  float weight1, weight2, correction1, correction2, eps;
+  float weight1, weight2, correction1, scale2, eps;  // scale2: 1 / the correction of V
 };
 
 inline float direction(const Adam& a, float r, float& m, float& v) {
   m += (r - m) * a.weight1;
   v += (r * r - v) * a.weight2;
-  return m / (std::sqrt(v / a.correction2) + a.eps) / a.correction1;
+  return m / ((std::sqrt(v * a.scale2) + a.eps) * a.correction1);
+}
+
+// Two neighbours of a bf16 row as one word, as the random bits come: nothing has to change its place.
+template <bool BY_COLUMN>
+inline void apply_pairs(uint32_t* w, const uint32_t* g, int64_t pairs, float keep, float one, const float* eta, uint32_t word_index,
+                        uint32_t base, uint32_t factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < pairs; j++) {
+    uint32_t random = random_word(word_index + uint32_t(j), base, factor);
+    float low = bits_to_float(w[j] << 16) * keep - bits_to_float(g[j] << 16) * (BY_COLUMN ? eta[2 * j] : one);
+    float high = bits_to_float(w[j] & 0xFFFF0000u) * keep - bits_to_float(g[j] & 0xFFFF0000u) * (BY_COLUMN ? eta[2 * j + 1] : one);
+    w[j] = ((float_to_bits(low) + (random & 0xFFFF)) >> 16) | ((float_to_bits(high) + (random >> 16)) & 0xFFFF0000u);
+  }
+}
+
+// A row that is rounded stochastically: pairs, with what is left over at both ends.
+inline void apply_rounded(bf16* w, const bf16* g, int64_t cols, float keep, const float* eta, bool by_column, uint32_t place,
+                          uint32_t base, uint32_t factor) {
+  auto single = [&](int64_t j) {
+    float x = load(w[j]) * keep - load(g[j]) * eta[by_column ? j : 0];
+    w[j] = bf16((float_to_bits(x) + random_bits(place + uint32_t(j), base, factor)) >> 16);
+  };
+  int64_t first = place & 1, pairs = (cols - first) / 2;
+  if (first) single(0);
+  auto w2 = (uint32_t*)(w + first);
+  auto g2 = (const uint32_t*)(g + first);
+  uint32_t word_index = (place + uint32_t(first)) >> 1;
+  if (by_column) {
+    apply_pairs<true>(w2, g2, pairs, keep, eta[0], eta + first, word_index, base, factor);
+  } else {
+    apply_pairs<false>(w2, g2, pairs, keep, eta[0], eta, word_index, base, factor);
+  }
+  if (first + 2 * pairs < cols) single(cols - 1);
+}
+inline void apply_rounded(bf16* w, const float* g, int64_t cols, float keep, const float* eta, bool by_column, uint32_t place,
+                          uint32_t base, uint32_t factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < cols; j++) {
+    float x = load(w[j]) * keep - g[j] * eta[by_column ? j : 0];
+    w[j] = bf16((float_to_bits(x) + random_bits(place + uint32_t(j), base, factor)) >> 16);
+  }
+}
+template <class S>
+inline void apply_rounded(float*, const S*, int64_t, float, const float*, bool, uint32_t, uint32_t, uint32_t) {}  // never asked for
+
+template <class T, class S>
+void adamw_typed(int64_t num, T* const* W, const S* const* G, float* const* M, float* const* V, int64_t size, const Adam& a,
+                 float keep, float rate, const int64_t* hash) {
+  int64_t pieces = (size + PIECE - 1) / PIECE;
+#pragma omp parallel for schedule(static)
+  for (int64_t at = 0; at < num * pieces; at++) {
+    int64_t t = at / pieces, first = at % pieces * PIECE, count = std::min(PIECE, size - first);
+    T* w = W[t] + first;
+    const S* g = G[t] + first;
+    float *m = M[t] + first, *v = V[t] + first, moved[PIECE];
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++) moved[j] = load(w[j]) * keep - direction(a, load(g[j]), m[j], v[j]) * rate;
+    if (hash) {
+      uint32_t place = uint32_t(first + hash[3 * t + 2]), base = uint32_t(hash[3 * t]), factor = uint32_t(hash[3 * t + 1]);
+#pragma omp simd
+      for (int64_t j = 0; j < count; j++) {
+        store(w[j], bits_to_float((float_to_bits(moved[j]) + random_bits(place + uint32_t(j), base, factor)) & 0xFFFF0000u));
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < count; j++) store(w[j], moved[j]);
+    }
+  }
 }
 
 template <class T, class S>
@@ -163,21 +249,8 @@ void apply_typed(int64_t num, T* const* W, const S* const* G, int64_t rows, int6
     const float* eta = eta_s + t * eta_matrix + row * eta_row;
     float keep = 1 - (decay ? decay[t] : 0.0f), one = eta[0];
     if (hash) {
-      uint32_t base = uint32_t(hash[3 * t]), factor = uint32_t(hash[3 * t + 1]);
       uint32_t place = uint32_t(row * cols + hash[3 * t + 2]);
-      if (eta_col == 0) {
-#pragma omp simd
-        for (int64_t j = 0; j < cols; j++) {
-          float x = load(w[j]) * keep - load(g[j]) * one;
-          w[j] = T((float_to_bits(x) + random_bits(place + uint32_t(j), base, factor)) >> 16);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < cols; j++) {
-          float x = load(w[j]) * keep - load(g[j]) * eta[j];
-          w[j] = T((float_to_bits(x) + random_bits(place + uint32_t(j), base, factor)) >> 16);
-        }
-      }
+      apply_rounded(w, g, cols, keep, eta, eta_col != 0, place, uint32_t(hash[3 * t]), uint32_t(hash[3 * t + 1]));
     } else if (eta_col == 0) {
 #pragma omp simd
       for (int64_t j = 0; j < cols; j++) store(w[j], load(w[j]) * keep - load(g[j]) * one);
@@ -204,15 +277,16 @@ void measure_one(int64_t num, const void* const* G, int64_t bfloat, int64_t rows
 }
 
 void measure_sketch(int64_t num, const void* const* G, int64_t bfloat, int64_t rows, int64_t cols, int64_t tall,
-                    const int32_t* const* order, const float* const* signs, int64_t rank, int64_t repeats, float* R, float* G_sq) {
+                    const int32_t* const* order, const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq,
+                    float* G_sq) {
   auto f = (const float* const*)G;
   auto h = (const bf16* const*)G;
   if (tall) {
-    bfloat ? measure_sketch_tall(num, h, rows, cols, order, signs, rank, repeats, R, G_sq)
-           : measure_sketch_tall(num, f, rows, cols, order, signs, rank, repeats, R, G_sq);
+    bfloat ? measure_sketch_tall(num, h, rows, cols, order, signs, rank, repeats, R, R_sq, G_sq)
+           : measure_sketch_tall(num, f, rows, cols, order, signs, rank, repeats, R, R_sq, G_sq);
   } else {
-    bfloat ? measure_sketch_wide(num, h, cols, order, signs, rank, repeats, R, G_sq)
-           : measure_sketch_wide(num, f, cols, order, signs, rank, repeats, R, G_sq);
+    bfloat ? measure_sketch_wide(num, h, cols, order, signs, rank, repeats, R, R_sq, G_sq)
+           : measure_sketch_wide(num, f, cols, order, signs, rank, repeats, R, R_sq, G_sq);
   }
 }
 
@@ -287,6 +361,15 @@ void apply(int64_t num, void* const* W, int64_t w_bfloat, const void* const* G, 
   auto run = [&](auto w, auto g) {
     apply_typed(num, w, g, rows, cols, eta_s, eta_matrix, eta_row, eta_col, decay, hash);
   };
+  auto with = [&](auto w) { g_bfloat ? run(w, (const bf16* const*)G) : run(w, (const float* const*)G); };
+  w_bfloat ? with((bf16* const*)W) : with((float* const*)W);
+}
+
+// AdamW; numbers: those of Adam, then 1 - lr decay, and lr (negative to climb).
+void adamw(int64_t num, void* const* W, int64_t w_bfloat, const void* const* G, int64_t g_bfloat, float* const* M, float* const* V,
+           int64_t size, const float* numbers, const int64_t* hash) {
+  Adam a{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+  auto run = [&](auto w, auto g) { adamw_typed(num, w, g, M, V, size, a, numbers[5], numbers[6], hash); };
   auto with = [&](auto w) { g_bfloat ? run(w, (const bf16* const*)G) : run(w, (const float* const*)G); };
   w_bfloat ? with((bf16* const*)W) : with((float* const*)W);
 }

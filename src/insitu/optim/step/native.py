@@ -15,6 +15,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -24,7 +26,10 @@ from insitu.optim.rounding import Precision, hash_numbers, in_one_period
 from insitu.optim.step.blocked import Blocked
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+_FLAGS = (
+    *("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-strict-aliasing"),
+    *("-fopenmp", "-fPIC", "-shared", "-std=c++17"),
+)
 _TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -54,6 +59,9 @@ class Native(Blocked):
         library = build()
         assert isinstance(library, ctypes.CDLL), library  # ``choose`` has looked
         self._library = library
+        self._norms: dict[
+            int, tuple[ref[Tensor], Tensor]
+        ] = {}  # |R_j|^2 of an R that is on its way to ``norms``, by id
 
     def measure(
         self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
@@ -67,20 +75,26 @@ class Native(Blocked):
         tall = channel_dim == -2
         R = torch.empty(len(G) * b, *((rows, rank) if tall else (rank, cols)), device=self._device)
         G_sq = torch.empty(len(R), rows if tall else cols, device=self._device)
+        R_sq = torch.empty_like(G_sq)
+        self._norms[id(R)] = ref(R), R_sq
         shape = (len(R), _matrices(G), int(dtype == torch.bfloat16), rows, cols, int(tall))
         if isinstance(first, Sketch):
             sketches = [projection for projection in projections if isinstance(projection, Sketch)]
             orders = [sketch.order.int() for sketch in sketches for _ in range(b)]  # held until the call is over
             signs = [sketch.signs for sketch in sketches for _ in range(b)]
             repeats = len(first.order) // rank
-            self._call("measure_sketch", *shape, _pointers(orders), _pointers(signs), rank, repeats, R, G_sq)
+            self._call("measure_sketch", *shape, _pointers(orders), _pointers(signs), rank, repeats, R, R_sq, G_sq)
         else:
             vectors = [P.contiguous() for P in projections if isinstance(P, Tensor) for _ in range(b)]
             self._call("measure_one", *shape, _pointers(vectors), R, G_sq)
+            torch.mul(R.view_as(R_sq), R.view_as(R_sq), out=R_sq)
         return R, G_sq
 
     def norms(self, R: Tensor, side: int) -> Tensor:
-        """As the reference."""
+        """As the reference; of a sketch they were found when it was made."""
+        known, R_sq = self._norms.pop(id(R), (None, R))
+        if known is not None and known() is R:
+            return R_sq
         if not R.is_contiguous() or R.numel() == 0:
             return super().norms(R, side)
         out = torch.empty(len(R), R.shape[-3 - side], device=self._device)
@@ -104,8 +118,7 @@ class Native(Blocked):
             return super().direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
         out = torch.empty(len(R), R.shape[-3 - side], device=self._device)
         each_live = live.repeat_interleave(len(M[0]))
-        corrections = (1 - beta**step for beta in betas)
-        numbers = (ctypes.c_float * 5)(1 - betas[0], 1 - betas[1], *corrections, eps)
+        numbers = (ctypes.c_float * 5)(*_adam(step, betas, eps))
         self._call("direct", *R.shape, int(side == -1), R, _matrices(M), _matrices(V), each_live, numbers, out)
         return out
 
@@ -132,16 +145,60 @@ class Native(Blocked):
         chosen = torch.tensor([t * b + i for t in mine for i in range(b)])
         eta_s = eta_s.contiguous() if len(mine) == len(W) else eta_s[chosen]
         decay = None if decay is None else decay[chosen]
-        hashes = None
-        if precisions[mine[0]].key is not None:
-            numbers = [n for t in mine for i in range(b) for n in _hash(precisions[t].of(i * rows * cols, rows * cols))]
-            hashes = (ctypes.c_int64 * len(numbers))(*numbers)
+        pieces = [precisions[t].of(i * rows * cols, rows * cols) for t in mine for i in range(b)]
         eta_strides = (eta_s[0].numel(), int(eta_s.shape[1] > 1) * eta_s.shape[2], int(eta_s.shape[2] > 1))
         types = [int(x[0].dtype == torch.bfloat16) for x in (W, G)]
         pointers = [_matrices([x[t] for t in mine]) for x in (W, G)]
+        tables = pointers[0], types[0], pointers[1], types[1]
+        self._call("apply", len(chosen), *tables, rows, cols, eta_s, *eta_strides, decay, _hashes(pieces))
+
+    def adamw(
+        self,
+        W: Sequence[Tensor],
+        G: Sequence[Tensor],
+        M: Sequence[Tensor],
+        V: Sequence[Tensor],
+        live: Tensor,
+        precisions: Sequence[Precision],
+        moments: Sequence[tuple[Precision, Precision]],
+        **numbers: Any,
+    ) -> None:
+        """As the reference, in one pass; tensors that are to stand still are left out."""
+        some = [t for t, alive in enumerate(live.tolist()) if alive]
+        mine = [
+            t
+            for t in some
+            if all(x.dtype == torch.float32 and x.is_contiguous() for x in (M[t], V[t]))
+            and _possible(W[t], G[t], precisions[t], W[0].dtype, G[0].dtype)
+        ]
+        left = sorted(set(some) - set(mine))
+        if left:
+            w, g, m, v = ([x[t] for t in left] for x in (W, G, M, V))
+            how = [precisions[t] for t in left], [moments[t] for t in left]
+            super().adamw(w, g, m, v, live[left], *how, **numbers)
+        if not mine:
+            return
+        (beta1, beta2), step, lr = numbers["betas"], numbers["step"], float(numbers["lr"])
+        values = (ctypes.c_float * 7)(
+            *_adam(step, (beta1, beta2), numbers["eps"]),
+            1 - lr * numbers["weight_decay"],
+            -lr if numbers["maximize"] else lr,
+        )
+        pointers = [_pointers(x[t] for t in mine) for x in (W, G, M, V)]
+        types = [int(x[0].dtype == torch.bfloat16) for x in (W, G)]
+        hashes = _hashes([precisions[t] for t in mine])
         self._call(
-            "apply", len(chosen), pointers[0], types[0], pointers[1], types[1], rows, cols, eta_s, *eta_strides, decay, hashes
-        )  # fmt: skip
+            "adamw",
+            len(mine),
+            pointers[0],
+            types[0],
+            pointers[1],
+            types[1],
+            *pointers[2:],
+            W[0].numel(),
+            values,
+            hashes,
+        )
 
     def _call(self, name: str, *values: Tensor | int | ctypes.Array[ctypes.c_void_p] | object) -> None:
         arguments: list[object] = []
@@ -162,16 +219,27 @@ def _pointers(tensors: Iterable[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 def _matrices(stacks: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """Pointers to each matrix of contiguous stacks."""
     addresses: list[int] = []
+    size = stacks[0].shape[1:].numel() * stacks[0].element_size()
     for stack in stacks:
-        start, size = stack.data_ptr(), stack[0].numel() * stack.element_size()
-        addresses += [start + i * size for i in range(len(stack))]
+        start = stack.data_ptr()
+        addresses += range(start, start + stack.shape[0] * size, size)
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-def _hash(precision: Precision) -> tuple[int, int, int]:
-    assert precision.key is not None
-    assert isinstance(precision.start, int)
-    return hash_numbers(precision.key, precision.start)
+def _adam(step: int, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
+    return 1 - betas[0], 1 - betas[1], 1 - betas[0] ** step, 1 / (1 - betas[1] ** step), eps
+
+
+def _hashes(precisions: Sequence[Precision]) -> ctypes.Array[ctypes.c_int64] | None:
+    """The three numbers of each piece, or None where nothing is rounded stochastically."""
+    if precisions[0].key is None:
+        return None
+    numbers: list[int] = []
+    for key, start, _ in precisions:
+        assert key is not None
+        assert isinstance(start, int)
+        numbers += hash_numbers(key, start)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _possible(W: Tensor, G: Tensor, precision: Precision, w_dtype: torch.dtype, g_dtype: torch.dtype) -> bool:
