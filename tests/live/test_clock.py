@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from insitu.live import gathering
+from insitu.live.checkpoint import VersionError
 from insitu.live.learner import Learner
 from insitu.live.records import Feedback, NotQueuedError, Rollback
 from insitu.live.store import Store
@@ -168,7 +169,7 @@ class Rolling(Idle):
 
     def _begin(self, target: int) -> None:
         self.begun += 1
-        raise ValueError("not in this test")
+        raise VersionError("not in this test")
 
 
 def test_a_rollback_that_was_committed_before_its_learner_died_is_known_by_ids(

@@ -56,7 +56,7 @@ def gap_of_a_lesson(serve: Serve, family: str, tmp_path: Path) -> tuple[str, flo
         job = versions(client)[-1]
         assert job["report"]["gap_before"] < 0.1, "before the first update nothing shows"
         if job["status"] == "refused":
-            assert "server and learner disagree" in items[0]["reason"]
+            assert "server and learner came to disagree" in items[0]["reason"]
             live = client.get("/v1/live")
             assert (live["weight_version"], live["trial"]) == ("0", False)
         return job["status"], float(job["report"]["gap"])
