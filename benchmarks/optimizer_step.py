@@ -2,12 +2,14 @@
 
     python benchmarks/optimizer_step.py --out benchmarks/results/optimizer_step.json
 
-About fifteen minutes on two idle cores; ``--rounds 3 --skip-cold --skip-differences --dtypes float32`` takes one or two. All parameter shapes of SmolLM2-135M, every
-tensor of two dimensions projected, the table too; default arguments, limiter on. In each round every row takes one step, on
-gradients that the step before it did not have, so a row's ratio is to an SGD step under the same other load. Rows that are not
-installed are named in the result. ``floor`` is what gaussian cannot go below: its own products P G in float32, and SGD.
+About fifteen minutes on two idle cores; ``--rounds 3 --skip-cold --skip-differences --dtypes float32`` takes one or two. All
+parameter shapes of SmolLM2-135M, every tensor of two dimensions projected, the table too; default arguments, limiter on. In
+each round every row takes one step, on gradients that the step before it did not have, so a row's ratio is to an SGD step under
+the same other load. Rows that are not installed are named in the result. ``floor`` is what gaussian cannot go below: its own
+products P G in float32, and SGD.
 
-In the same run: the largest difference from ``backend="reference"`` after two steps, beside the largest change of a weight; the first step in a process of its own, with an empty compiler cache; what a step allocates above what it keeps.
+In the same run: the largest difference from ``backend="reference"`` after two steps, beside the largest change of a weight;
+the first step in a process of its own, with an empty compiler cache; what a step allocates above what it keeps.
 """
 
 import argparse
