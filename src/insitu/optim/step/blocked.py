@@ -229,17 +229,15 @@ class Blocked:
         """As the reference: by torch's fused AdamW where all is float32, else a block of elements at a time."""
         some = [i for i, alive in enumerate(live.tolist()) if alive]
         plain = [
-            i
-            for i in some
-            if all(x.dtype == torch.float32 and x.is_contiguous() for x in (W[i], G[i], M[i], V[i]))
-            and not numbers["maximize"]  # torch's would keep moments of -G
+            i for i in some if all(x.dtype == torch.float32 and x.is_contiguous() for x in (W[i], G[i], M[i], V[i]))
         ]
         if plain:
             w, g, m, v = ([x[i] for i in plain] for x in (W, G, M, V))
+            sign = -1.0 if numbers["maximize"] else 1.0  # torch's own ``maximize`` would keep moments of -G
             (beta1, beta2), lr, step = numbers["betas"], float(numbers["lr"]), torch.tensor(float(numbers["step"]))
             torch._fused_adamw_(
-                w, g, m, v, [], [step] * len(plain), lr=lr, beta1=beta1, beta2=beta2,
-                weight_decay=numbers["weight_decay"], eps=numbers["eps"], amsgrad=False, maximize=False,
+                w, g, m, v, [], [step] * len(plain), lr=sign * lr, beta1=beta1, beta2=beta2,
+                weight_decay=sign * numbers["weight_decay"], eps=numbers["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip
         for i in set(some) - set(plain):
             self._adamw(W[i], G[i], M[i], V[i], live[i], precisions[i], moments[i], **numbers)
