@@ -132,6 +132,8 @@ class Blocked:
     ) -> Tensor:
         """As the reference, by torch's fused Adam: with weights of 0 and a rate of 1 it leaves -R~."""
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
+        if R.numel() == 0:  # a part of a sharded tensor may be empty
+            return out
         numbers: dict[str, Any] = {"step": step, "betas": betas, "eps": eps}
         lively, elements = live.tolist(), _ELEMENTS * self._threads
         if len(M[0]) == 1 and all(lively) and R[0].numel() <= elements:  # several tensors in one call

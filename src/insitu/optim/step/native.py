@@ -66,9 +66,8 @@ class Native(Blocked):
         library = build()
         assert isinstance(library, ctypes.CDLL), library  # ``choose`` has looked
         self._library = library
-        self._norms: dict[
-            int, tuple[ref[Tensor], Tensor]
-        ] = {}  # |R_j|^2 of an R that is on its way to ``norms``, by id
+        # |R_j|^2 of an R that is on its way to ``norms``, by its id.
+        self._norms: dict[int, tuple[ref[Tensor], Tensor]] = {}
 
     def measure(
         self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
