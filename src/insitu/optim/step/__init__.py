@@ -30,12 +30,9 @@ class Backend(Protocol):
     """
 
     def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
     ) -> tuple[Tensor, Tensor]:
-        """R = P G of each matrix (b of them in each G), and |G_j|^2 per channel, (T b, n); both float32.
-
-        Where ``per_channel`` is not asked for, |G|^2 as any number of parts will do: (T b, any).
-        """
+        """R = P G of each matrix (b of them in each G), and |G_j|^2 per channel, (T b, n); both float32."""
         ...
 
     def norms(self, R: Tensor, side: int) -> Tensor:

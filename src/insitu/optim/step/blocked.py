@@ -7,7 +7,7 @@ decay) is done block by block, in scratch memory that is reused. Fresh pages wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from typing import Any
 
@@ -20,6 +20,8 @@ from insitu.optim.step import reference
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
 _READ_ELEMENTS = 1 << 18  # where a block is only read: 1 MB, half of a core's cache
+_ROWS = 32  # of a wide R, whose squares are added up by so many rows
+_LANES = 16  # of a vector of float32, at most
 _FEWEST_COLUMNS = 256  # of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
@@ -32,14 +34,14 @@ class Blocked:
         self._round: Scratch | None = None
 
     def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
     ) -> tuple[Tensor, Tensor]:
         """As the reference; blocks of rows, which lie together in memory."""
         num, rows, cols = len(G[0]), *G[0].shape[1:]
         rank = _rank(projections[0])
         shape = (rows, rank) if channel_dim == -2 else (rank, cols)
         R = torch.empty(len(G) * num, *shape, device=self._device)
-        G_sq = torch.zeros(len(R), (rows if channel_dim == -2 else cols) if per_channel else 1, device=self._device)
+        G_sq = torch.zeros(len(R), rows if channel_dim == -2 else cols, device=self._device)
         for i, matrix in enumerate(matrix for stack in G for matrix in stack):
             projection = _one(projections[i // num], i % num)
             if matrix.numel() == 0:  # a part of a sharded tensor may be empty
@@ -56,10 +58,7 @@ class Blocked:
         for first, count in _blocks(len(G), G.shape[1], _READ_ELEMENTS * self._threads):
             g, out = self._float32(G.narrow(0, first, count)), R.narrow(0, first, count)
             # First the sweep in the order of memory: it brings the block into the cache.
-            if G_sq.numel() == 1:
-                G_sq.add_(_square(g))
-            else:
-                torch.linalg.vector_norm(g, dim=-1, out=G_sq.narrow(0, first, count)).square_()
+            torch.linalg.vector_norm(g, dim=-1, out=G_sq.narrow(0, first, count)).square_()
             if isinstance(projection, Sketch):
                 self._sketch_rows(g, projection, out)
             elif projection.shape[0] == 1:
@@ -91,16 +90,13 @@ class Blocked:
         rows, cols = G.shape
         for first, count in _blocks(cols, rows, _READ_ELEMENTS * self._threads, _FEWEST_COLUMNS):
             g = self._float32(G.narrow(1, first, count))
-            self._add_column_squares(g, G_sq.narrow(0, first, count) if G_sq.numel() > 1 else G_sq)
+            self._add_column_squares(g, G_sq.narrow(0, first, count))
             bags = torch.nn.functional.embedding_bag(order, g, offsets, mode="sum", per_sample_weights=signs)
             R.narrow(1, first, count).copy_(bags)
 
     def _add_column_squares(self, g: Tensor, G_sq: Tensor) -> None:
-        if G_sq.numel() == 1:
-            G_sq.add_(_square(g))
-            return
-        squared = torch.mul(g, g, out=self._buffer("work", g.numel()).view(g.shape))
-        G_sq.addmv_(squared.t(), torch.ones(len(g), device=self._device))  # much faster than a sum over rows
+        """In the order of the rows, whatever the number of columns: a shard of the channels has the bits of the whole."""
+        G_sq.add_(torch.mul(g, g, out=self._buffer("work", g.numel()).view(g.shape)).sum(0))
 
     def norms(self, R: Tensor, side: int) -> Tensor:
         """As the reference; as many matrices at a time as stay in the cache."""
@@ -119,8 +115,8 @@ class Blocked:
             found.add_(R.square().sum(-2))
         else:
             for matrix, its in zip(R, found, strict=True):
-                for block in _blocks(len(matrix), matrix.shape[1], _READ_ELEMENTS * self._threads):
-                    self._add_column_squares(matrix.narrow(0, *block), its)
+                for first in range(0, len(matrix), _ROWS):
+                    self._add_column_squares(matrix[first : first + _ROWS], its)
 
     def direct(
         self,
@@ -136,6 +132,8 @@ class Blocked:
     ) -> Tensor:
         """As the reference, by torch's fused Adam: with weights of 0 and a rate of 1 it leaves -R~."""
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
+        if R.numel() == 0:  # a part of a sharded tensor may be empty
+            return out
         numbers: dict[str, Any] = {"step": step, "betas": betas, "eps": eps}
         lively, elements = live.tolist(), _ELEMENTS * self._threads
         if len(M[0]) == 1 and all(lively) and R[0].numel() <= elements:  # several tensors in one call
@@ -145,7 +143,8 @@ class Blocked:
                 self._add_squares(direction, side, out[these])
             return out
         for i, (t, b) in enumerate(divmod(i, len(M[0])) for i in range(len(R))):
-            for block in _blocks(R.shape[1], R.shape[2], elements) if lively[t] else ():
+            rows = _ROWS if side == -2 else max(1, elements // R.shape[2])
+            for block in _blocks(R.shape[1], 1, rows) if lively[t] else ():
                 r, m, v = (x.narrow(0, *block)[None] for x in (R[i], M[t][b], V[t][b]))
                 found = out[i : i + 1]
                 direction = self._adam(r.contiguous(), [m], [v], **numbers)
@@ -164,11 +163,15 @@ class Blocked:
     ) -> Tensor:
         """-R~ in scratch memory; M and V in place."""
         direction = self._buffer("direction", R.numel()).view(R.shape).zero_()
-        weights, gradients = ([x.view(m.shape) for x, m in zip(of.unbind(), M, strict=True)] for of in (direction, R))
-        torch._fused_adam_(
-            weights, gradients, list(M), list(V), [], [torch.tensor(float(step))] * len(M),
-            lr=1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        steps = torch.tensor(float(step))
+
+        def fused(w: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
+            torch._fused_adam_(
+                w, g, m, v, [], [steps] * len(w),
+                lr=1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+        _in_vectors(fused, direction.unbind(), R.unbind(), M, V)
         return direction
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
@@ -229,18 +232,19 @@ class Blocked:
         """As the reference: by torch's fused AdamW where all is float32, else a block of elements at a time."""
         some = [i for i, alive in enumerate(live.tolist()) if alive]
         plain = [
-            i
-            for i in some
-            if all(x.dtype == torch.float32 and x.is_contiguous() for x in (W[i], G[i], M[i], V[i]))
-            and not numbers["maximize"]  # torch's would keep moments of -G
+            i for i in some if all(x.dtype == torch.float32 and x.is_contiguous() for x in (W[i], G[i], M[i], V[i]))
         ]
         if plain:
-            w, g, m, v = ([x[i] for i in plain] for x in (W, G, M, V))
+            sign = -1.0 if numbers["maximize"] else 1.0  # torch's own ``maximize`` would keep moments of -G
             (beta1, beta2), lr, step = numbers["betas"], float(numbers["lr"]), torch.tensor(float(numbers["step"]))
-            torch._fused_adamw_(
-                w, g, m, v, [], [step] * len(plain), lr=lr, beta1=beta1, beta2=beta2,
-                weight_decay=numbers["weight_decay"], eps=numbers["eps"], amsgrad=False, maximize=False,
-            )  # fmt: skip
+
+            def fused(w: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
+                torch._fused_adamw_(
+                    w, g, m, v, [], [step] * len(w), lr=sign * lr, beta1=beta1, beta2=beta2,
+                    weight_decay=sign * numbers["weight_decay"], eps=numbers["eps"], amsgrad=False, maximize=False,
+                )  # fmt: skip
+
+            _in_vectors(fused, *([x[i] for i in plain] for x in (W, G, M, V)))
         for i in set(some) - set(plain):
             self._adamw(W[i], G[i], M[i], V[i], live[i], precisions[i], moments[i], **numbers)
 
@@ -296,6 +300,28 @@ class Blocked:
         if x.dtype in (torch.float32, torch.float64):
             return x
         return self._buffer("work", x.numel()).view(x.shape).copy_(x)
+
+
+def _in_vectors(fused: Callable[..., None], *lists: Sequence[Tensor]) -> None:
+    """Call a fused loop of torch that changes its tensors in place, with whole vectors only.
+
+    What fills no vector it computes in another way, with other last places; as a part of a vector it has the same bits
+    wherever it lies, in a shard or in the whole.
+    """
+    calls: list[list[Tensor]] = []
+    rests: list[tuple[Tensor, Tensor]] = []
+    for each in zip(*lists, strict=True):
+        flat = [x.view(-1) for x in each]
+        rest = flat[0].numel() % _LANES
+        if rest < flat[0].numel():
+            calls.append([x[: x.numel() - rest] for x in flat] if rest else flat)
+        if rest:
+            ends = [x[x.numel() - rest :] for x in flat]
+            calls.append([torch.nn.functional.pad(end, (0, _LANES - rest)) for end in ends])
+            rests += zip(ends, calls[-1], strict=True)
+    fused(*map(list, zip(*calls, strict=True)))
+    for end, padded in rests:
+        end.copy_(padded[: end.numel()])
 
 
 def _blocks(num: int, width: int, elements: int, at_least: int = 1) -> Iterator[tuple[int, int]]:

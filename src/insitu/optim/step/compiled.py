@@ -47,12 +47,12 @@ class Compiled:
         self.norms, self.direct, self.square = plain.norms, plain.direct, plain.square
 
     def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
     ) -> tuple[Tensor, Tensor]:
         """As the reference, in one pass over G; a dense product of more than one row is the library's."""
         first = projections[0]
         if G[0].numel() == 0 or (isinstance(first, Tensor) and (first.ndim == 3 or first.shape[0] > 1)):
-            return self._plain.measure(G, projections, channel_dim, per_channel)
+            return self._plain.measure(G, projections, channel_dim)
         parts = []
         for stack, projection in zip(G, projections, strict=True):
             for g in stack:

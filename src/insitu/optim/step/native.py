@@ -27,7 +27,14 @@ from insitu.optim.step.blocked import Blocked
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-strict-aliasing"),
+    *(
+        "-O3",
+        "-march=native",
+        "-mprefer-vector-width=512",
+        "-fno-math-errno",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+    ),
     *("-fopenmp", "-fPIC", "-shared", "-std=c++17"),
 )
 _TYPES = (torch.float32, torch.bfloat16)
@@ -59,19 +66,18 @@ class Native(Blocked):
         library = build()
         assert isinstance(library, ctypes.CDLL), library  # ``choose`` has looked
         self._library = library
-        self._norms: dict[
-            int, tuple[ref[Tensor], Tensor]
-        ] = {}  # |R_j|^2 of an R that is on its way to ``norms``, by id
+        # |R_j|^2 of an R that is on its way to ``norms``, by its id.
+        self._norms: dict[int, tuple[ref[Tensor], Tensor]] = {}
 
     def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
     ) -> tuple[Tensor, Tensor]:
         """As the reference, in one pass over G; a dense product of more than one row is the library's."""
         first, dtype, (b, rows, cols) = projections[0], G[0].dtype, G[0].shape
         rank = first.rank if isinstance(first, Sketch) else first.shape[-2]
         dense = isinstance(first, Tensor) and (first.ndim == 3 or rank > 1)
         if dense or G[0].numel() == 0 or not all(g.dtype == dtype in _TYPES and g.is_contiguous() for g in G):
-            return super().measure(G, projections, channel_dim, per_channel)
+            return super().measure(G, projections, channel_dim)
         tall = channel_dim == -2
         R = torch.empty(len(G) * b, *((rows, rank) if tall else (rank, cols)), device=self._device)
         G_sq = torch.empty(len(R), rows if tall else cols, device=self._device)

@@ -127,7 +127,7 @@ def plan(
     Returns ``eta_s`` (T b, rows or 1, cols or 1), ``decay`` (T b,) as :func:`descend` takes them, and ``live`` (T,).
     """
     side, num = -3 - channel_dim, len(G)  # side: the projected one
-    R, G_sq = backend.measure(G, projections, channel_dim, granularity == "channel" or not whole)
+    R, G_sq = backend.measure(G, projections, channel_dim)
     R, G_sq = yield Scatter(R, G_sq, channel_dim)
     R_sq = backend.norms(R, side)
 
@@ -191,7 +191,7 @@ class Reference:
     """The backend that does each pass on whole tensors, in the words of this file."""
 
     def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
     ) -> tuple[Tensor, Tensor]:
         R, G_sq = zip(*(measure(g, P, channel_dim) for g, P in zip(G, projections, strict=True)), strict=True)
         return torch.cat(R), torch.cat(G_sq)

@@ -199,7 +199,7 @@ class Triton:
         self._plain = reference.Reference()
 
     def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, per_channel: bool
+        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
     ) -> tuple[Tensor, Tensor]:
         """As the reference, in one pass over G (one for each 64 ranks of a dense P)."""
         b, rows, cols = G[0].shape
