@@ -7,7 +7,7 @@ decay) is done block by block, in scratch memory that is reused. Fresh pages wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from insitu.optim.projection import Projection, Sketch
 from insitu.optim.rounding import Precision, Scratch, make_scratch
-from insitu.optim.step import reference
+from insitu.optim.step import fused, reference
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
 _READ_ELEMENTS = 1 << 18  # where a block is only read: 1 MB, half of a core's cache
 _ROWS = 32  # of a wide R, whose squares are added up by so many rows
-_LANES = 16  # of a vector of float32, at most
 _FEWEST_COLUMNS = 256  # of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
@@ -163,15 +162,7 @@ class Blocked:
     ) -> Tensor:
         """-R~ in scratch memory; M and V in place."""
         direction = self._buffer("direction", R.numel()).view(R.shape).zero_()
-        steps = torch.tensor(float(step))
-
-        def fused(w: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
-            torch._fused_adam_(
-                w, g, m, v, [], [steps] * len(w),
-                lr=1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
-
-        _in_vectors(fused, direction.unbind(), R.unbind(), M, V)
+        fused.adam(direction.unbind(), R.unbind(), M, V, step=step, betas=betas, eps=eps)
         return direction
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
@@ -229,22 +220,11 @@ class Blocked:
         moments: Sequence[tuple[Precision, Precision]],
         **numbers: Any,
     ) -> None:
-        """As the reference: by torch's fused AdamW where all is float32, else a block of elements at a time."""
+        """As the reference, by torch's fused AdamW: whole tensors where all is float32, else a block of elements at a time."""
         some = [i for i, alive in enumerate(live.tolist()) if alive]
-        plain = [
-            i for i in some if all(x.dtype == torch.float32 and x.is_contiguous() for x in (W[i], G[i], M[i], V[i]))
-        ]
+        plain = [i for i in some if fused.possible(W[i], G[i], M[i], V[i])]
         if plain:
-            sign = -1.0 if numbers["maximize"] else 1.0  # torch's own ``maximize`` would keep moments of -G
-            (beta1, beta2), lr, step = numbers["betas"], float(numbers["lr"]), torch.tensor(float(numbers["step"]))
-
-            def fused(w: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
-                torch._fused_adamw_(
-                    w, g, m, v, [], [step] * len(w), lr=sign * lr, beta1=beta1, beta2=beta2,
-                    weight_decay=sign * numbers["weight_decay"], eps=numbers["eps"], amsgrad=False, maximize=False,
-                )  # fmt: skip
-
-            _in_vectors(fused, *([x[i] for i in plain] for x in (W, G, M, V)))
+            fused.adamw(*([x[i] for i in plain] for x in (W, G, M, V)), **numbers)
         for i in set(some) - set(plain):
             self._adamw(W[i], G[i], M[i], V[i], live[i], precisions[i], moments[i], **numbers)
 
@@ -265,8 +245,11 @@ class Blocked:
             here, m, v = (x.narrow(0, first, count) for x in (W, M, V))
             precise = precision.of(first, count)
             m32, v32 = m.float(), v.float()
-            work = precise.read(self._work_copy(here))
-            work = reference.adamw_descend(work, self._float32(G.narrow(0, first, count)), m32, v32, live, **numbers)
+            work, g = precise.read(self._work_copy(here)), self._float32(G.narrow(0, first, count))
+            if fused.possible(work, g, m32, v32):
+                fused.adamw([work], [g], [m32], [v32], **numbers)
+            else:
+                work = reference.adamw_descend(work, g, m32, v32, live, **numbers)
             precise.write(here, work, self._rounding(precise))
             for stored, computed, how in zip((m, v), (m32, v32), moments, strict=True):
                 if stored is not computed:
@@ -300,28 +283,6 @@ class Blocked:
         if x.dtype in (torch.float32, torch.float64):
             return x
         return self._buffer("work", x.numel()).view(x.shape).copy_(x)
-
-
-def _in_vectors(fused: Callable[..., None], *lists: Sequence[Tensor]) -> None:
-    """Call a fused loop of torch that changes its tensors in place, with whole vectors only.
-
-    What fills no vector it computes in another way, with other last places; as a part of a vector it has the same bits
-    wherever it lies, in a shard or in the whole.
-    """
-    calls: list[list[Tensor]] = []
-    rests: list[tuple[Tensor, Tensor]] = []
-    for each in zip(*lists, strict=True):
-        flat = [x.view(-1) for x in each]
-        rest = flat[0].numel() % _LANES
-        if rest < flat[0].numel():
-            calls.append([x[: x.numel() - rest] for x in flat] if rest else flat)
-        if rest:
-            ends = [x[x.numel() - rest :] for x in flat]
-            calls.append([torch.nn.functional.pad(end, (0, _LANES - rest)) for end in ends])
-            rests += zip(ends, calls[-1], strict=True)
-    fused(*map(list, zip(*calls, strict=True)))
-    for end, padded in rests:
-        end.copy_(padded[: end.numel()])
 
 
 def _blocks(num: int, width: int, elements: int, at_least: int = 1) -> Iterator[tuple[int, int]]:

@@ -241,10 +241,10 @@ def _hashes(precisions: Sequence[Precision]) -> ctypes.Array[ctypes.c_int64] | N
     if precisions[0].key is None:
         return None
     numbers: list[int] = []
-    for key, start, _ in precisions:
-        assert key is not None
-        assert isinstance(start, int)
-        numbers += hash_numbers(key, start)
+    for precision in precisions:
+        assert precision.key is not None
+        assert isinstance(precision.start, int)
+        numbers += hash_numbers(precision.key, precision.start)
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
