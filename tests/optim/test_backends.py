@@ -139,6 +139,39 @@ def test_a_gradient_of_nan_changes_nothing_where_the_host_does_not_look(backend:
     assert torch.equal(V, kept[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4, 6), (1, 0, 6), (1, 4, 0)], ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_a_shard_without_elements_is_no_special_case(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    from insitu.optim.rounding import Precision
+
+    rank, one = 2, torch.ones(1)
+    precision = Precision(7 if dtype == torch.bfloat16 else None)
+    for channel_dim in (-1, -2):
+        side = -3 - channel_dim
+        P = torch.randn(rank, shape[side])
+        results = []
+        for name in ("reference", backend):
+            made = steps.choose(name, torch.device("cpu"))
+            G = torch.zeros(shape, dtype=dtype)
+            R, G_sq = made.measure([G], [P], channel_dim)
+            M, V = torch.zeros_like(R), torch.zeros_like(R)
+            out = made.direct(R.clone(), [M], [V], one, side, step=1, betas=(0.9, 0.999), eps=1e-8)
+            eta = torch.zeros(shape[0], *((shape[1], 1) if channel_dim == -2 else (1, shape[2])))
+            made.apply([G.clone()], [G], eta, None, one, [precision])
+            flat = [torch.zeros(0, dtype=dtype) for _ in range(2)]
+            state = [torch.zeros(0) for _ in range(2)]
+            made.adamw(
+                flat[:1], flat[1:], state[:1], state[1:], one, [precision], [(Precision(), Precision())],
+                step=1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, maximize=False,
+            )  # fmt: skip
+            results.append([R, G_sq, made.norms(R, side), out, made.square([G.view(-1)])])
+        for found, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is asked for in a process of its own")
 def test_triton_in_its_interpreter_passes_the_same_cases() -> None:
     pytest.importorskip("triton", reason="needs triton")

@@ -100,6 +100,8 @@ class Blocked:
     def norms(self, R: Tensor, side: int) -> Tensor:
         """As the reference; as many matrices at a time as stay in the cache."""
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
+        if R.numel() == 0:  # a part of a sharded tensor may be empty
+            return out
         for first, count in _blocks(len(R), R[0].numel(), _READ_ELEMENTS * self._threads):
             self._add_squares(R.narrow(0, first, count), side, out.narrow(0, first, count))
         return out
@@ -170,6 +172,8 @@ class Blocked:
         return torch.stack([_square(g) if g.dtype == torch.float32 else self._square(g) for g in G]).double()
 
     def _square(self, g: Tensor) -> Tensor:
+        if len(g) == 0:
+            return torch.zeros((), dtype=torch.float64)
         parts = [_square(self._float32(g.narrow(0, *block))) for block in _blocks(len(g), 1, _ELEMENTS * self._threads)]
         return torch.stack(parts).sum(dtype=torch.float64)
 
@@ -183,7 +187,7 @@ class Blocked:
         precisions: Sequence[Precision],
     ) -> None:
         """As the reference: whole tensors where one sweep does it, else a block of rows at a time."""
-        num, per_tensor = len(W[0]), eta_s[0].numel() == 1
+        num, per_tensor = len(W[0]), eta_s.shape[1:].numel() == 1
         etas, lively = eta_s.view(-1).tolist() if per_tensor else [], live.tolist()
         for i in range(len(eta_s)):
             t, b = divmod(i, num)

@@ -80,6 +80,7 @@ def _in_vectors(fused: Callable[..., None], *lists: Sequence[Tensor]) -> None:
             ends = [x[x.numel() - rest :] for x in flat]
             calls.append([torch.nn.functional.pad(end, (0, _LANES - rest)) for end in ends])
             rests += zip(ends, calls[-1], strict=True)
-    fused(*map(list, zip(*calls, strict=True)))
+    if calls:
+        fused(*map(list, zip(*calls, strict=True)))
     for end, padded in rests:
         end.copy_(padded[: end.numel()])
