@@ -139,6 +139,52 @@ def test_a_gradient_of_nan_changes_nothing_where_the_host_does_not_look(backend:
     assert torch.equal(V, kept[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_sums_of_squares(backend: str, dtype: torch.dtype) -> None:
+    made = steps.choose(backend, torch.device("cpu"))
+    for size in (1, 17, 70_001):
+        G = [torch.randn(size, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+        expected = torch.stack([g.double().square().sum() for g in G])
+        torch.testing.assert_close(made.square(G), expected, rtol=1e-5, atol=0)
+        G[1][size // 2] = float("nan")
+        assert made.square(G).isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("projection", ["gaussian", "sketch", "svd"])
+@pytest.mark.parametrize("rank", [1, 9])
+@pytest.mark.parametrize("backend", HERE)
+def test_what_has_no_room_to_wait_is_measured_later_with_the_same_bits(
+    backend: str, rank: int, projection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from insitu.optim.step.scratch import Scratch
+
+    begin = Scratch.begin
+
+    def run(limit: float | None) -> list[torch.Tensor]:
+        if limit is not None:
+            monkeypatch.setattr(Scratch, "begin", lambda self, _: begin(self, limit))
+        generator = torch.Generator().manual_seed(3)
+        shapes = [(20, 14), (20, 14), (14, 20), (2, 9, 12), (5,)]
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = APOLLO(params, lr=1e-2, rank=rank, projection=projection, backend=backend, nonfinite="skip")
+        for step in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            if step == 1:
+                params[0].grad = torch.full_like(params[0], float("nan"))
+                params[2].grad = torch.zeros_like(params[2])
+            optimizer.step()
+            if limit is not None:
+                assert sum(4 * b.numel() for b in optimizer._scratch._blocks) <= limit
+        return [x for p in params for x in (p.detach(), *optimizer.state[p].values()) if isinstance(x, torch.Tensor)]
+
+    expected = run(None)
+    for limit in (2000, 0):
+        for one, other in zip(run(limit), expected, strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(0, 4, 6), (1, 0, 6), (1, 4, 0)], ids=str)
 @pytest.mark.parametrize("backend", HERE)
@@ -156,7 +202,8 @@ def test_a_shard_without_elements_is_no_special_case(
         for name in ("reference", backend):
             made = steps.choose(name, torch.device("cpu"))
             G = torch.zeros(shape, dtype=dtype)
-            R, G_sq = made.measure([G], [P], channel_dim)
+            R = torch.full((shape[0], *((shape[1], rank) if channel_dim == -2 else (rank, shape[2]))), 7.0)
+            G_sq = made.measure([G], [P], channel_dim, R)
             M, V = torch.zeros_like(R), torch.zeros_like(R)
             out = made.direct(R.clone(), [M], [V], one, side, step=1, betas=(0.9, 0.999), eps=1e-8)
             eta = torch.zeros(shape[0], *((shape[1], 1) if channel_dim == -2 else (1, shape[2])))

@@ -6,6 +6,7 @@ holds arguments and state.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Hashable, Sequence
@@ -260,6 +261,7 @@ class APOLLO(TensorWise):
             denominator=group["denominator"],
             limiter=group["limiter"],
             backend=tasks[0].backend,
+            scratch=self._scratch,
             **arithmetic(tasks[0]),
         )
         for task, (m, v) in zip(tasks, moments, strict=True):
@@ -321,8 +323,13 @@ def _layout(p: Tensor, group: dict[str, Any], name: str) -> Layout | None:
         if role in ("matrix", "dense"):
             refuse_flattened(name, p.shape)
         return None
-    stack, rows, cols = matrix_shape(p.shape, conv=bool(group.get("conv")))
-    return layout(rows, cols, group["rank"], stack)
+    return _layout_of(p.shape, bool(group.get("conv")), group["rank"])
+
+
+@functools.cache
+def _layout_of(shape: torch.Size, conv: bool, rank: int) -> Layout:
+    stack, rows, cols = matrix_shape(shape, conv=conv)
+    return layout(rows, cols, rank, stack)
 
 
 def _moment_dtype(group: dict[str, Any]) -> torch.dtype:

@@ -21,9 +21,11 @@ from insitu.optim.rounding import Precision
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, distributed, local_gradient, local_of, part_of
 from insitu.optim.step import Backend, choose
+from insitu.optim.step.scratch import Scratch
 from insitu.optim.tensors import name_of, readable, refuse_changed, refuse_other_state, refuse_unsuitable
 
 Write = Callable[[Backend], None]
+_ELEMENTS = 1 << 24  # of tensors that go together
 
 
 class Place(NamedTuple):
@@ -110,6 +112,7 @@ class TensorWise(Optimizer):
         """Start afresh with what follows from the state, and so is not in a copy or a checkpoint."""
         self._counts = StepCounts()
         self._seen: dict[Tensor, tuple[torch.Size, torch.dtype]] = {}
+        self._scratch = Scratch()
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise ValueError for the first bad option of a group."""
@@ -233,11 +236,11 @@ class TensorWise(Optimizer):
         for group in self.param_groups:
             self._check(group)
         held = [place for place in self.places() if place.parameter.grad is not None and place.parameter.numel()]
-        write_tensors, _ = self._prepare(held, _Backends())
+        write_tensors, _ = self._prepare(held, _Backends(self._scratch))
 
         @torch.no_grad()
         def write() -> None:
-            write_tensors(_Backends())  # the number of threads may be another by now
+            write_tensors(_Backends(self._scratch))  # the number of threads may be another by now
             self.observe(place.parameter for place in held)
 
         return write
@@ -251,7 +254,7 @@ class TensorWise(Optimizer):
         """
         for group in self.param_groups:
             self._check(group)
-        backends = _Backends()
+        backends = _Backends(self._scratch)
 
         @torch.no_grad()
         def update(place: Place) -> Tensor:
@@ -279,7 +282,8 @@ class TensorWise(Optimizer):
         for i, task in enumerate(tasks):
             key = self._together(task)
             bundles.setdefault(i if key is None else (key,), []).append(task)
-        plans = list(bundles.values())
+        plans = [some for together in bundles.values() for some in _of_moderate_size(together)]
+        self._scratch.begin(max((task.part.tensor.nbytes for task in tasks), default=0))
         squares: dict[int, Tensor] = {}
 
         def inspect(i: int, own: Tensor, totals: Tensor) -> None:
@@ -311,11 +315,16 @@ class TensorWise(Optimizer):
         p, group, name, position = place
         grad = p.grad
         assert grad is not None
-        refuse_unsuitable(p, name)
-        refuse_for_int8(local_of(p), group, name)
-        refuse_unsuitable(grad, f"the gradient of {name}")
-        refuse_changed(p, name, *self._seen.setdefault(p, (p.shape, p.dtype)))
         part = part_of(p, name)
+        if part.groups is not None:
+            refuse_for_int8(local_of(p), group, name)
+        known = self._seen.get(p)
+        if known is None:
+            refuse_unsuitable(p, name)
+            known = self._seen[p] = (p.shape, p.dtype)
+        refuse_changed(p, name, *known)
+        if grad.dtype != p.dtype or grad.layout != torch.strided:
+            refuse_unsuitable(grad, f"the gradient of {name}")
         state = self.state[p]
         if not self._fits(p, group, name, state):  # none yet, or of another rank: it means nothing in the new space
             seed = state.get("seed", mix(group["seed"], position))
@@ -335,14 +344,22 @@ class TensorWise(Optimizer):
 class _Backends:
     """The backends of one half of a step, each made once."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
         self._made: dict[tuple[str, torch.device], Backend] = {}
 
     def of(self, group: dict[str, Any], p: Tensor) -> Backend:
         chosen = backend_for(p, group["backend"]), p.device
         if chosen not in self._made:
-            self._made[chosen] = choose(*chosen)
+            self._made[chosen] = choose(*chosen, self._scratch)
         return self._made[chosen]
+
+
+def _of_moderate_size(tasks: list[Task]) -> Iterator[list[Task]]:
+    """Together while the calls cost more than the arithmetic; a larger bundle would only need more scratch memory at once."""
+    num = max(1, _ELEMENTS // max(1, tasks[0].part.tensor.numel()))
+    for first in range(0, len(tasks), num):
+        yield tasks[first : first + num]
 
 
 def _compensated(p: Tensor, group: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from insitu.optim.projection import Projection
 from insitu.optim.rounding import Precision
+from insitu.optim.step.scratch import Scratch
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +30,8 @@ class Backend(Protocol):
     says how a tensor is stored; the arithmetic is float32.
     """
 
-    def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
-    ) -> tuple[Tensor, Tensor]:
-        """R = P G of each matrix (b of them in each G), and |G_j|^2 per channel, (T b, n); both float32."""
+    def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
+        """Write P G of each matrix (b of them in each G) to ``R``, and return |G_j|^2 per channel, (T b, n); both float32."""
         ...
 
     def norms(self, R: Tensor, side: int) -> Tensor:
@@ -91,8 +90,8 @@ class Backend(Protocol):
         ...
 
 
-def choose(name: str, device: torch.device) -> Backend:
-    """The backend for tensors on ``device``; the one place of choice.
+def choose(name: str, device: torch.device, scratch: Scratch | None = None) -> Backend:
+    """The backend for tensors on ``device``, with ``scratch`` to use; the one place of choice.
 
     "auto" is Triton on CUDA where it can be imported, blocks on a CPU (which never compile), else the reference. "compiled"
     and "native" without a compiler warn once, and blocks (on CUDA the reference) do the steps.
@@ -100,7 +99,7 @@ def choose(name: str, device: torch.device) -> Backend:
     Raises:
         ValueError: "triton" where it cannot run, "blocked" or "native" elsewhere than on a CPU.
     """
-    picked = _picked(name, device.type)
+    picked, scratch = _picked(name, device.type), scratch or Scratch()
     if picked == "triton":
         from insitu.optim.step.triton import Triton
 
@@ -108,12 +107,12 @@ def choose(name: str, device: torch.device) -> Backend:
     if picked == "compiled":
         from insitu.optim.step.compiled import Compiled
 
-        return Compiled(_plain(device))
+        return Compiled(_plain(device, scratch))
     if picked == "native":
         from insitu.optim.step.native import Native
 
-        return Native(device)
-    return _plain(device) if picked == "blocked" else _reference()
+        return Native(device, scratch)
+    return _plain(device, scratch) if picked == "blocked" else _reference()
 
 
 @functools.cache
@@ -157,10 +156,10 @@ def _triton_lacks(device_type: str) -> str | None:
     return "it needs a CUDA device (or TRITON_INTERPRET=1, set before Python starts, to try it slowly on a CPU)"
 
 
-def _plain(device: torch.device) -> Backend:
+def _plain(device: torch.device, scratch: Scratch) -> Backend:
     from insitu.optim.step.blocked import Blocked
 
-    return Blocked(device) if device.type == "cpu" else _reference()
+    return Blocked(device, scratch) if device.type == "cpu" else _reference()
 
 
 def _reference() -> Backend:

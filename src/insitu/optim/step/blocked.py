@@ -15,31 +15,27 @@ import torch
 from torch import Tensor
 
 from insitu.optim.projection import Projection, Sketch
-from insitu.optim.rounding import Precision, Scratch, make_scratch
+from insitu.optim.rounding import Precision, make_scratch
+from insitu.optim.rounding import Scratch as Rounding
 from insitu.optim.step import fused, reference
+from insitu.optim.step.scratch import Scratch
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
-_READ_ELEMENTS = 1 << 18  # where a block is only read: 1 MB, half of a core's cache
+_READ_ELEMENTS = 1 << 19  # where a block is only read: 2 MB
 _ROWS = 32  # of a wide R, whose squares are added up by so many rows
 _FEWEST_COLUMNS = 256  # of a block of a wide matrix: each of its rows is read in pieces of this length
 
 
 class Blocked:
-    """The backend for CPUs; holds the scratch memory of one half of an optimizer step."""
+    """The backend for CPUs."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._threads = device, torch.get_num_threads()
-        self._buffers: dict[str, Tensor] = {}
-        self._round: Scratch | None = None
+    def __init__(self, device: torch.device, scratch: Scratch) -> None:
+        self._device, self._threads, self._scratch = device, torch.get_num_threads(), scratch
+        self._round: Rounding | None = None
 
-    def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
-    ) -> tuple[Tensor, Tensor]:
+    def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         """As the reference; blocks of rows, which lie together in memory."""
         num, rows, cols = len(G[0]), *G[0].shape[1:]
-        rank = _rank(projections[0])
-        shape = (rows, rank) if channel_dim == -2 else (rank, cols)
-        R = torch.empty(len(G) * num, *shape, device=self._device)
         G_sq = torch.zeros(len(R), rows if channel_dim == -2 else cols, device=self._device)
         for i, matrix in enumerate(matrix for stack in G for matrix in stack):
             projection = _one(projections[i // num], i % num)
@@ -51,7 +47,7 @@ class Blocked:
                 self._measure_wide_sketch(matrix, projection, R[i], G_sq[i])
             else:
                 self._measure_wide(matrix, projection, R[i], G_sq[i])
-        return R, G_sq
+        return G_sq
 
     def _measure_tall(self, G: Tensor, projection: Projection, R: Tensor, G_sq: Tensor) -> None:
         for first, count in _blocks(len(G), G.shape[1], _READ_ELEMENTS * self._threads):
@@ -262,12 +258,9 @@ class Blocked:
 
     def _buffer(self, name: str, num: int) -> Tensor:
         """Scratch memory of ``num`` float32."""
-        known = self._buffers.get(name)
-        if known is None or known.numel() < num:
-            known = self._buffers[name] = torch.empty(num, device=self._device)
-        return known[:num]
+        return self._scratch.buffer(name, num, self._device)
 
-    def _rounding(self, precision: Precision) -> Scratch | None:
+    def _rounding(self, precision: Precision) -> Rounding | None:
         """When the random bits are made, a block's gradient is no longer needed."""
         if precision.key is None:
             return None
@@ -300,10 +293,6 @@ def _square(g: Tensor) -> Tensor:
     """|g|^2."""
     flat = g.reshape(-1)
     return torch.dot(flat, flat)
-
-
-def _rank(projection: Projection) -> int:
-    return projection.shape[-2] if isinstance(projection, Tensor) else projection.rank
 
 
 def _one(projection: Projection, index: int) -> Projection:

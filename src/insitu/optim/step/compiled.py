@@ -46,13 +46,11 @@ class Compiled:
         self._plain = plain
         self.norms, self.direct, self.square = plain.norms, plain.direct, plain.square
 
-    def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
-    ) -> tuple[Tensor, Tensor]:
+    def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         """As the reference, in one pass over G; a dense product of more than one row is the library's."""
         first = projections[0]
         if G[0].numel() == 0 or (isinstance(first, Tensor) and (first.ndim == 3 or first.shape[0] > 1)):
-            return self._plain.measure(G, projections, channel_dim)
+            return self._plain.measure(G, projections, channel_dim, R)
         parts = []
         for stack, projection in zip(G, projections, strict=True):
             for g in stack:
@@ -61,7 +59,8 @@ class Compiled:
                     parts.append(_compiled(_measure_sketch, g.dtype, channel_dim)(g, order, signs, channel_dim))
                 else:
                     parts.append(_compiled(_measure_one, g.dtype, channel_dim)(g, projection, channel_dim))
-        return torch.stack([R for R, _ in parts]), torch.stack([G_sq for _, G_sq in parts])
+        torch.stack([found for found, _ in parts], out=R)
+        return torch.stack([G_sq for _, G_sq in parts])
 
     def apply(
         self,

@@ -9,8 +9,7 @@
 namespace {
 
 using bf16 = uint16_t;
-constexpr int64_t AHEAD = 4096;  // bytes
-constexpr int64_t PIECE = 512;  // columns of a wide matrix that one thread takes at a time: sums of them stay in its first cache
+constexpr int64_t PIECE = 512;  // elements that one thread takes at a time
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -40,49 +39,64 @@ inline uint32_t random_bits(uint32_t place, uint32_t base, uint32_t factor) {
   return (random_word(place >> 1, base, factor) >> ((place & 1) << 4)) & 0xFFFF;
 }
 
-// What a core fetches ahead by itself ends with a page of 4 kB: ask for what comes after.
-template <class T>
-inline void fetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+// STREAMS rows at a time, each in pages of its own: a core fetches ahead in several pages at once, and never across their ends.
+// A row has the same bits whatever its neighbours are.
+constexpr int64_t STREAMS = 4, APART = 16;  // rows from one stream to the next
+template <class T, class Row>
+inline void for_rows(int64_t num, int64_t rows, int64_t cols, const T* const* G, Row row) {
+  constexpr int64_t BLOCK = STREAMS * APART;
+  int64_t all = num * rows, blocks = (all + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    for (int64_t i = 0; i < APART; i++) {
+      int64_t at[STREAMS];
+      const T* g[STREAMS];
+      for (int64_t k = 0; k < STREAMS; k++) {
+        at[k] = std::min(block * BLOCK + k * APART + i, all - 1);  // past the end: the last one once more
+        g[k] = G[at[k] / rows] + (at[k] % rows) * cols;
+      }
+      row(at, g);
+    }
+  }
 }
 
-// A row of G in float32: itself, or a copy in scratch memory.
-inline const float* as_float(const float* row, int64_t, float*) { return row; }
-inline const float* as_float(const bf16* row, int64_t count, float* scratch) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; i++) scratch[i] = load(row[i]);
-  return scratch;
-}
+// The columns of a wide matrix, in pieces of about the same size that a thread takes at a time.
+struct Pieces {
+  int64_t cols, num, size;
+  Pieces(int64_t cols, int64_t most) : cols(cols), num((cols + most - 1) / most) {
+    size = ((cols + num - 1) / num + 15) / 16 * 16;
+    num = (cols + size - 1) / size;
+  }
+  int64_t first(int64_t at) const { return at % num * size; }
+  int64_t count(int64_t at) const { return std::min(size, cols - first(at)); }
+};
+constexpr int64_t WIDE = 768;  // sums of them stay in the first cache
 
 template <class T>
 void measure_one_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols, const float* const* P, float* R, float* G_sq) {
-#pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * rows; at++) {
-    const T* g = G[at / rows] + (at % rows) * cols;
-    const float* p = P[at / rows];
-    float r = 0, square = 0;
-    fetch(g + AHEAD / int64_t(sizeof(T)), cols);
-#pragma omp simd reduction(+ : r, square)
+  for_rows(num, rows, cols, G, [=](const int64_t* at, const T* const* g) {
+    const T *g0 = g[0], *g1 = g[1], *g2 = g[2], *g3 = g[3];
+    const float *p0 = P[at[0] / rows], *p1 = P[at[1] / rows], *p2 = P[at[2] / rows], *p3 = P[at[3] / rows];
+    float r0 = 0, r1 = 0, r2 = 0, r3 = 0, s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : r0, r1, r2, r3, s0, s1, s2, s3)
     for (int64_t i = 0; i < cols; i++) {
-      float x = load(g[i]);
-      r += x * p[i];
-      square += x * x;
+      float x0 = load(g0[i]), x1 = load(g1[i]), x2 = load(g2[i]), x3 = load(g3[i]);
+      r0 += x0 * p0[i], r1 += x1 * p1[i], r2 += x2 * p2[i], r3 += x3 * p3[i];
+      s0 += x0 * x0, s1 += x1 * x1, s2 += x2 * x2, s3 += x3 * x3;
     }
-    R[at] = r;
-    G_sq[at] = square;
-  }
+    R[at[0]] = r0, R[at[1]] = r1, R[at[2]] = r2, R[at[3]] = r3;
+    G_sq[at[0]] = s0, G_sq[at[1]] = s1, G_sq[at[2]] = s2, G_sq[at[3]] = s3;
+  });
 }
 
 template <class T>
 void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols, const float* const* P, float* R, float* G_sq) {
-  int64_t pieces = (cols + PIECE - 1) / PIECE;
+  Pieces pieces(cols, WIDE);
 #pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * pieces; at++) {
-    int64_t t = at / pieces, first = at % pieces * PIECE, count = std::min(PIECE, cols - first);
-    float *r = R + t * cols + first, *square = G_sq + t * cols + first;
-    std::fill(r, r + count, 0.0f);
-    std::fill(square, square + count, 0.0f);
-    for (int64_t row = 0; row < rows; row++) {
+  for (int64_t at = 0; at < num * pieces.num; at++) {
+    int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
+    float r[WIDE] = {}, square[WIDE] = {};
+    auto add = [&](int64_t row) {
       const T* g = G[t] + row * cols + first;
       float p = P[t][row];
 #pragma omp simd
@@ -91,53 +105,66 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
         r[j] += x * p;
         square[j] += x * x;
       }
+    };
+    int64_t row = 0;
+    for (; row + STREAMS <= rows; row += STREAMS) {
+      const T *g0 = G[t] + row * cols + first, *g1 = g0 + cols, *g2 = g1 + cols, *g3 = g2 + cols;
+      const float* p = P[t] + row;
+#pragma omp simd
+      for (int64_t j = 0; j < count; j++) {
+        float x0 = load(g0[j]), x1 = load(g1[j]), x2 = load(g2[j]), x3 = load(g3[j]);
+        r[j] = (((r[j] + x0 * p[0]) + x1 * p[1]) + x2 * p[2]) + x3 * p[3];
+        square[j] = (((square[j] + x0 * x0) + x1 * x1) + x2 * x2) + x3 * x3;
+      }
     }
+    for (; row < rows; row++) add(row);
+    std::copy(r, r + count, R + t * cols + first);
+    std::copy(square, square + count, G_sq + t * cols + first);
   }
 }
 
 template <class T>
 void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
                          const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq, float* G_sq) {
-#pragma omp parallel
-  {
-    std::vector<float> scratch(cols);
-#pragma omp for schedule(static)
-    for (int64_t at = 0; at < num * rows; at++) {
-      int64_t t = at / rows;
-      fetch(G[t] + (at % rows) * cols + AHEAD / int64_t(sizeof(T)), cols);
-      const float* g = as_float(G[t] + (at % rows) * cols, cols, scratch.data());
-      float square = 0;
-#pragma omp simd reduction(+ : square)
-      for (int64_t i = 0; i < cols; i++) square += g[i] * g[i];
-      G_sq[at] = square;
-      float* r = R + at * rank;
-      for (int64_t k = 0; k < repeats; k++) {
-        const int32_t* from = order[t] + k * rank;
-        const float* sign = signs[t] + k * rank;
-        if (k == 0) {
+  for_rows(num, rows, cols, G, [=](const int64_t* at, const T* const* rows_of_g) {
+    thread_local std::vector<float> scratch;
+    scratch.resize(STREAMS * cols);
+    float *x0 = scratch.data(), *x1 = x0 + cols, *x2 = x1 + cols, *x3 = x2 + cols;
+    const T *g0 = rows_of_g[0], *g1 = rows_of_g[1], *g2 = rows_of_g[2], *g3 = rows_of_g[3];
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < cols; i++) {
+      x0[i] = load(g0[i]), x1[i] = load(g1[i]), x2[i] = load(g2[i]), x3[i] = load(g3[i]);
+      s0 += x0[i] * x0[i], s1 += x1[i] * x1[i], s2 += x2[i] * x2[i], s3 += x3[i] * x3[i];
+    }
+    G_sq[at[0]] = s0, G_sq[at[1]] = s1, G_sq[at[2]] = s2, G_sq[at[3]] = s3;
+    for (int64_t k = 0; k < STREAMS; k++) {
+      const float* x = scratch.data() + k * cols;
+      const int32_t* from = order[at[k] / rows];
+      const float* sign = signs[at[k] / rows];
+      float *r = R + at[k] * rank, norm = 0;
 #pragma omp simd
-          for (int64_t b = 0; b < rank; b++) r[b] = sign[b] * g[from[b]];
-        } else {
+      for (int64_t b = 0; b < rank; b++) r[b] = sign[b] * x[from[b]];
+      for (int64_t i = 1; i < repeats; i++) {
+        from += rank, sign += rank;
 #pragma omp simd
-          for (int64_t b = 0; b < rank; b++) r[b] += sign[b] * g[from[b]];
-        }
+        for (int64_t b = 0; b < rank; b++) r[b] += sign[b] * x[from[b]];
       }
-      float norm = 0;
 #pragma omp simd reduction(+ : norm)
       for (int64_t b = 0; b < rank; b++) norm += r[b] * r[b];
-      R_sq[at] = norm;
+      R_sq[at[k]] = norm;
     }
-  }
+  });
 }
 
 template <class T>
 void measure_sketch_wide(int64_t num, const T* const* G, int64_t cols, const int32_t* const* order,
                          const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq, float* G_sq) {
-  int64_t pieces = (cols + PIECE - 1) / PIECE;
+  Pieces pieces(cols, WIDE);
 #pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * pieces; at++) {
-    int64_t t = at / pieces, first = at % pieces * PIECE, count = std::min(PIECE, cols - first);
-    float square[PIECE] = {}, norm[PIECE] = {}, sum[PIECE];
+  for (int64_t at = 0; at < num * pieces.num; at++) {
+    int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
+    float square[WIDE] = {}, norm[WIDE] = {}, sum[WIDE];
     for (int64_t b = 0; b < rank; b++) {
       std::fill(sum, sum + count, 0.0f);
       for (int64_t k = 0; k < repeats; k++) {
@@ -290,6 +317,22 @@ void measure_sketch(int64_t num, const void* const* G, int64_t bfloat, int64_t r
   }
 }
 
+// |G|^2 of num flat tensors; of each its pieces, to be added up.
+void square(int64_t num, const void* const* G, int64_t bfloat, int64_t size, int64_t piece, double* out) {
+  int64_t pieces = (size + piece - 1) / piece;
+#pragma omp parallel for schedule(static)
+  for (int64_t at = 0; at < num * pieces; at++) {
+    int64_t first = at % pieces * piece, count = std::min(piece, size - first);
+    auto sum = [&](auto g) {
+      float square = 0;
+#pragma omp simd reduction(+ : square)
+      for (int64_t i = 0; i < count; i++) square += load(g[i]) * load(g[i]);
+      return double(square);
+    };
+    out[at] = bfloat ? sum((const bf16*)G[at / pieces] + first) : sum((const float*)G[at / pieces] + first);
+  }
+}
+
 // |R_j|^2; of num matrices of rows x cols, along the columns (tall) or the rows.
 void norms(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* R, float* out) {
   if (tall) {
@@ -302,11 +345,11 @@ void norms(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* R
     }
     return;
   }
-  int64_t pieces = (cols + PIECE - 1) / PIECE;
+  Pieces pieces(cols, WIDE);
 #pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * pieces; at++) {
-    int64_t t = at / pieces, first = at % pieces * PIECE, count = std::min(PIECE, cols - first);
-    float square[PIECE] = {};
+  for (int64_t at = 0; at < num * pieces.num; at++) {
+    int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
+    float square[WIDE] = {};
     for (int64_t row = 0; row < rows; row++) {
       const float* r = R + (t * rows + row) * cols + first;
 #pragma omp simd
@@ -337,11 +380,11 @@ void direct(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* 
     }
     return;
   }
-  int64_t pieces = (cols + PIECE - 1) / PIECE;
+  Pieces pieces(cols, WIDE);
 #pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * pieces; at++) {
-    int64_t t = at / pieces, first = at % pieces * PIECE, count = std::min(PIECE, cols - first);
-    float square[PIECE] = {};
+  for (int64_t at = 0; at < num * pieces.num; at++) {
+    int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
+    float square[WIDE] = {};
     for (int64_t row = 0; live[t] > 0 && row < rows; row++) {
       float *m = M[t] + row * cols + first, *v = V[t] + row * cols + first;
       const float* r = R + (t * rows + row) * cols + first;

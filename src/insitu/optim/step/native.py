@@ -24,6 +24,7 @@ from torch import Tensor
 from insitu.optim.projection import Projection, Sketch
 from insitu.optim.rounding import Precision, hash_numbers, in_one_period
 from insitu.optim.step.blocked import Blocked
+from insitu.optim.step.scratch import Scratch
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = (
@@ -37,6 +38,7 @@ _FLAGS = (
     ),
     *("-fopenmp", "-fPIC", "-shared", "-std=c++17"),
 )
+_PIECE = 1 << 14  # elements that are added up in float32
 _TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -61,25 +63,27 @@ def build() -> ctypes.CDLL | str:
 class Native(Blocked):
     """The backend; makes the kernels if they are not there yet."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, scratch: Scratch) -> None:
+        super().__init__(device, scratch)
         library = build()
         assert isinstance(library, ctypes.CDLL), library  # ``choose`` has looked
         self._library = library
         # |R_j|^2 of an R that is on its way to ``norms``, by its id.
         self._norms: dict[int, tuple[ref[Tensor], Tensor]] = {}
 
-    def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
-    ) -> tuple[Tensor, Tensor]:
+    def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         """As the reference, in one pass over G; a dense product of more than one row is the library's."""
         first, dtype, (b, rows, cols) = projections[0], G[0].dtype, G[0].shape
         rank = first.rank if isinstance(first, Sketch) else first.shape[-2]
         dense = isinstance(first, Tensor) and (first.ndim == 3 or rank > 1)
-        if dense or G[0].numel() == 0 or not all(g.dtype == dtype in _TYPES and g.is_contiguous() for g in G):
-            return super().measure(G, projections, channel_dim)
+        if (
+            dense
+            or G[0].numel() == 0
+            or not R.is_contiguous()
+            or not all(g.dtype == dtype in _TYPES and g.is_contiguous() for g in G)
+        ):
+            return super().measure(G, projections, channel_dim, R)
         tall = channel_dim == -2
-        R = torch.empty(len(G) * b, *((rows, rank) if tall else (rank, cols)), device=self._device)
         G_sq = torch.empty(len(R), rows if tall else cols, device=self._device)
         R_sq = torch.empty_like(G_sq)
         self._norms[id(R)] = ref(R), R_sq
@@ -94,7 +98,16 @@ class Native(Blocked):
             vectors = [P.contiguous() for P in projections if isinstance(P, Tensor) for _ in range(b)]
             self._call("measure_one", *shape, _pointers(vectors), R, G_sq)
             torch.mul(R.view_as(R_sq), R.view_as(R_sq), out=R_sq)
-        return R, G_sq
+        return G_sq
+
+    def square(self, G: Sequence[Tensor]) -> Tensor:
+        """As the reference, in one pass."""
+        dtype, size = G[0].dtype, G[0].numel()
+        if size == 0 or not all(g.dtype == dtype in _TYPES and g.numel() == size and g.is_contiguous() for g in G):
+            return super().square(G)
+        out = torch.empty(len(G), -(-size // _PIECE), dtype=torch.float64, device=self._device)
+        self._call("square", len(G), _pointers(G), int(dtype == torch.bfloat16), size, _PIECE, out)
+        return out.sum(1)
 
     def norms(self, R: Tensor, side: int) -> Tensor:
         """As the reference; of a sketch they were found when it was made."""

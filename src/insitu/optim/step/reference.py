@@ -38,6 +38,7 @@ from insitu.optim.exchange import Gather, Plan, Scatter, Sum
 from insitu.optim.projection import Projection, project
 from insitu.optim.rounding import Precision
 from insitu.optim.step import Backend
+from insitu.optim.step.scratch import Scratch
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -120,6 +121,7 @@ def plan(
     limiter: float | None,
     maximize: bool,
     backend: Backend,
+    scratch: Scratch,
 ) -> Plan[tuple[Tensor, Tensor | None, Tensor]]:
     """All of one step but the change of W, of T tensors of one shape; only one tensor if it is sharded (not ``whole``).
 
@@ -127,15 +129,29 @@ def plan(
     Returns ``eta_s`` (T b, rows or 1, cols or 1), ``decay`` (T b,) as :func:`descend` takes them, and ``live`` (T,).
     """
     side, num = -3 - channel_dim, len(G)  # side: the projected one
-    R, G_sq = backend.measure(G, projections, channel_dim)
-    R, G_sq = yield Scatter(R, G_sq, channel_dim)
-    R_sq = backend.norms(R, side)
-
-    own, (everything, _), _ = yield Sum(torch.stack([G_sq.double().sum(-1), R_sq.double().sum(-1)]))
-    G_total, R_total = own
-    live = is_live(G_total.view(num, -1).sum(1) if whole else everything[None])
-    each_live = live.repeat_interleave(len(R) // num)
+    shape, device = [num * len(G[0]), *G[0].shape[1:]], G[0].device
+    shape[side] = M[0].shape[side]
+    memory = scratch.take(tuple(shape), device, wait=True) if whole else torch.empty(shape, device=device)
+    if memory is None:  # no room to wait in: only |G|^2 now
+        squares = backend.square([matrix.reshape(-1) for stack in G for matrix in stack])
+        own, _, _ = yield Sum(squares[None])
+        memory = scratch.take(tuple(shape), device, wait=False)
+        assert memory is not None
+        R, live = memory, is_live(own[0].view(num, -1).sum(1))
+        G_sq = backend.measure(G, projections, channel_dim, R)
+        R_sq = backend.norms(R, side)
+        G_total, R_total = G_sq.double().sum(-1), R_sq.double().sum(-1)
+    else:
+        R = memory
+        G_sq = backend.measure(G, projections, channel_dim, R)
+        R, G_sq = yield Scatter(R, G_sq, channel_dim)
+        R_sq = backend.norms(R, side)
+        own, (everything, _), _ = yield Sum(torch.stack([G_sq.double().sum(-1), R_sq.double().sum(-1)]))
+        G_total, R_total = own
+        live = is_live(G_total.view(num, -1).sum(1) if whole else everything[None])
     numerator = backend.direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
+    scratch.give_back(R)
+    each_live = live.repeat_interleave(len(R) // num)
 
     if granularity == "tensor":
         numerator, _ = yield Gather(numerator.double().sum(-1))
@@ -190,11 +206,10 @@ def adamw_descend(
 class Reference:
     """The backend that does each pass on whole tensors, in the words of this file."""
 
-    def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
-    ) -> tuple[Tensor, Tensor]:
-        R, G_sq = zip(*(measure(g, P, channel_dim) for g, P in zip(G, projections, strict=True)), strict=True)
-        return torch.cat(R), torch.cat(G_sq)
+    def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
+        found, G_sq = zip(*(measure(g, P, channel_dim) for g, P in zip(G, projections, strict=True)), strict=True)
+        torch.cat(found, out=R)
+        return torch.cat(G_sq)
 
     def norms(self, R: Tensor, side: int) -> Tensor:
         return R.square().sum(side)

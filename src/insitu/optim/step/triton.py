@@ -30,19 +30,16 @@ class Triton:
     def __init__(self) -> None:
         self._plain = reference.Reference()
 
-    def measure(
-        self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int
-    ) -> tuple[Tensor, Tensor]:
+    def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         """As the reference, in one pass over G (one for each 64 ranks of a dense P)."""
         b, rows, cols = G[0].shape
         n, m = (rows, cols) if channel_dim == -2 else (cols, rows)
         first = projections[0]
         rank = first.shape[-2] if isinstance(first, Tensor) else first.rank
-        shape = (rows, rank) if channel_dim == -2 else (rank, cols)
-        R = torch.zeros(len(G) * b, *shape, device=G[0].device)
         G_sq = torch.zeros(len(R), n, device=G[0].device)
         if G[0].numel() == 0:  # a part of a sharded tensor may be empty
-            return R, G_sq
+            R.zero_()
+            return G_sq
         r_n, r_r = (rank, 1) if channel_dim == -2 else (1, cols)
         for t, (g, projection) in enumerate(zip(G, projections, strict=True)):
             g = g.contiguous()
@@ -73,7 +70,7 @@ class Triton:
                 kernels.measure_dense[(*programs, triton.cdiv(rank, _RANK))](
                     g, P, *out, n, m, rank, *strides, p_stack, r_n, r_r, BN=_CHANNELS, BM=_SIDE, BR=_RANK
                 )
-        return R, G_sq
+        return G_sq
 
     def norms(self, R: Tensor, side: int) -> Tensor:
         """As the reference."""
