@@ -20,6 +20,7 @@ STORED: list[dict[str, Any]] = [
     {"rounding": "compensated"},
     {"rounding": "compensated", "moments": "bfloat16"},
     {"rounding": "nearest", "granularity": "tensor"},
+    *({"backend": backend} for backend in ("blocked", "native")),
 ]
 
 
@@ -37,7 +38,15 @@ def test_with_its_channels_sharded_a_tensor_has_the_bits_of_the_whole(
     )
 
 
-@pytest.mark.parametrize("options", [{"adamw": ["*"]}, {"adamw": ["*"], "moments": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adamw": ["*"]},
+        {"adamw": ["*"], "moments": "bfloat16"},
+        *({"adamw": ["*"], "backend": backend} for backend in ("blocked", "native")),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dim", [0, 1])
 @on_ranks(2, 4)
 def test_what_is_not_projected_has_the_bits_of_the_whole(dim: int, options: dict[str, Any], world: int) -> None:

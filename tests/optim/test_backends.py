@@ -18,7 +18,7 @@ from torch import nn
 from insitu import APOLLO
 from insitu.optim import step as steps
 from insitu.optim.options import BACKENDS
-from insitu.optim.step import native
+from insitu.optim.step import kernels, native
 
 # Inductor, when it is first imported, defines what torch itself calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -34,6 +34,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"rank": 5, "denominator": "exact", "weight_decay": 0.1, "projection": "sketch"},
     {"rank": 1, "weight_decay": 0.1, "maximize": True},
     {"rank": 5, "rounding": "compensated", "moments": "bfloat16"},
+    {"rank": 5, "betas": (0.0, 0.0), "limiter": None},
 ]
 # Every kind of graph costs a second or two to compile, and the interpreter milliseconds per program: fewer of both.
 FEW = [0, 2, 5, 7]
@@ -62,7 +63,7 @@ def stepped(
     optimizer = APOLLO(params, **{"lr": 1e-2, "backend": backend, "refresh": 2, **options})
     for i in range(3):
         for p in params:
-            p.grad = (torch.randn(shape, generator=generator) * (1 + i)).to(dtype)
+            p.grad = (torch.randn(shape, generator=generator) * (1.0, 2.0, 1e-4)[i]).to(dtype)
         if i == 1:
             params[1].grad = torch.zeros_like(params[1])
         optimizer.step()
@@ -261,6 +262,8 @@ def test_another_rate_step_or_norm_compiles_nothing() -> None:
 def test_without_a_compiler_it_warns_once_and_does_the_step(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("insitu.optim.step.compiled.missing_compiler", lambda device: "no C++ compiler (c++)")
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(kernels, "installed", lambda: None)
+    native.installed.cache_clear()
     native.build.cache_clear()
     steps._picked.cache_clear()
     try:
@@ -269,7 +272,9 @@ def test_without_a_compiler_it_warns_once_and_does_the_step(monkeypatch: pytest.
         assert len(caught) == 1
         assert torch.equal(found, stepped("blocked", (12, 8), torch.float32, rank=2)[0])
     finally:
+        monkeypatch.undo()
         steps._picked.cache_clear()
+        native.installed.cache_clear()
         native.build.cache_clear()
 
 
@@ -290,9 +295,51 @@ def test_auto_never_compiles_on_a_cpu_and_says_once_what_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch, "compile", None)
+    monkeypatch.setattr(kernels, "compile_to", None)
+    expected = "blocked" if kernels.installed() is None else "native"
+    for installed, picked in ((kernels.installed, expected), (lambda: None, "blocked")):
+        monkeypatch.setattr(kernels, "installed", installed)
+        native.installed.cache_clear()
+        steps._picked.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "insitu.optim.step"):
+            stepped("auto", (12, 8), torch.float32)
+            stepped("auto", (12, 8), torch.bfloat16)
+        said = [record.getMessage() for record in caplog.records if record.name == "insitu.optim.step"]
+        assert said == [f"optimizer steps on cpu: backend='auto' is '{picked}'"]
+    monkeypatch.undo()
+    native.installed.cache_clear()
     steps._picked.cache_clear()
-    with caplog.at_level(logging.INFO, "insitu.optim.step"):
-        stepped("auto", (12, 8), torch.float32)
-        stepped("auto", (12, 8), torch.bfloat16)
-    said = [record.getMessage() for record in caplog.records if record.name == "insitu.optim.step"]
-    assert said == ["optimizer steps on cpu: backend='auto' is 'blocked'"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the kernels")
+def test_installed_kernels_are_used_only_where_they_are_of_this_source_and_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "native.cpp"
+    source.write_bytes(kernels.SOURCE.read_bytes())
+    monkeypatch.setattr(kernels, "SOURCE", source)
+    monkeypatch.setattr(kernels, "INSTALLED", tmp_path / "libnative.so")
+    monkeypatch.setattr(kernels, "RECORD", tmp_path / "libnative.json")
+    assert kernels.installed() is None
+    assert kernels.install() is None
+    assert kernels.installed() == tmp_path / "libnative.so"
+    assert {path.name for path in tmp_path.iterdir()} == {"native.cpp", "libnative.so", "libnative.json"}
+
+    have = kernels.instructions()
+    assert have, "no instruction set was found"
+    with monkeypatch.context() as other:
+        other.setattr(kernels, "instructions", lambda: set(sorted(have)[1:]))
+        assert kernels.installed() is None
+    whole = kernels.INSTALLED.read_bytes()
+    kernels.INSTALLED.write_bytes(whole[:-1])
+    assert kernels.installed() is None
+    kernels.INSTALLED.write_bytes(whole)
+    assert kernels.installed() is not None
+    source.write_bytes(source.read_bytes() + b"// changed")
+    assert kernels.installed() is None
+    source.write_text("not C++")
+    reason = kernels.install()
+    assert reason is not None
+    assert "cannot make the kernels" in reason
+    assert kernels.installed() is None

@@ -277,7 +277,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][index][key])), key
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
 @pytest.mark.parametrize("which", ["up.weight", "up.bias", "experts", "gain", "table.weight"])
 def test_skip_leaves_the_tensor_out_and_counts_it(make_ours: Make, backend: str, which: str) -> None:
     m, n = model(torch.bfloat16), model(torch.bfloat16)

@@ -71,9 +71,9 @@ class APOLLO(TensorWise):
         maximize: climb instead of descend.
         nonfinite: of a gradient that is not finite: "error", or "skip" (leave the tensor out, and count in ``skipped``).
         seed: of all randomness: projections and rounding.
-        backend: "auto" (Triton on CUDA where it is installed, blocks on a CPU), or by name: "reference" (the formulas as they
-            are written), "blocked" (CPU), "native" (CPU, C++ that is compiled at the first step), "compiled" (torch.compile),
-            "triton" (CUDA).
+        backend: "auto" (Triton on CUDA where it is installed; on a CPU the C++ kernels that were compiled at installation, else
+            blocks), or by name: "reference" (the formulas as they are written), "blocked" (CPU), "native" (CPU, C++),
+            "compiled" (torch.compile), "triton" (CUDA).
 
     Every option may be given per group, and changed between steps. A changed rank starts the moments afresh.
 

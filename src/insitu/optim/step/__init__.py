@@ -93,8 +93,9 @@ class Backend(Protocol):
 def choose(name: str, device: torch.device, scratch: Scratch | None = None) -> Backend:
     """The backend for tensors on ``device``, with ``scratch`` to use; the one place of choice.
 
-    "auto" is Triton on CUDA where it can be imported, blocks on a CPU (which never compile), else the reference. "compiled"
-    and "native" without a compiler warn once, and blocks (on CUDA the reference) do the steps.
+    "auto" is Triton on CUDA where it can be imported; on a CPU, where it never compiles, the C++ kernels if they were compiled
+    at installation, else blocks; and the reference anywhere else. "compiled" and "native" without a compiler warn once, and
+    blocks (on CUDA the reference) do the steps.
 
     Raises:
         ValueError: "triton" where it cannot run, "blocked" or "native" elsewhere than on a CPU.
@@ -120,7 +121,7 @@ def _picked(name: str, device_type: str) -> str:
     """Decided once, and said."""
     picked = name
     if name == "auto":
-        picked = "blocked" if device_type == "cpu" else "triton" if _triton_lacks(device_type) is None else "reference"
+        picked = _of_cpu() if device_type == "cpu" else "triton" if _triton_lacks(device_type) is None else "reference"
     elif name in ("blocked", "native") and device_type != "cpu":
         raise ValueError(f"backend={name!r} on {device_type}: it is for CPUs; use backend='auto'")
     elif name == "triton" and (lack := _triton_lacks(device_type)):
@@ -134,6 +135,12 @@ def _picked(name: str, device_type: str) -> str:
         )
     _log.info("optimizer steps on %s: backend=%r is %r", device_type, name, picked)
     return picked
+
+
+def _of_cpu() -> str:
+    from insitu.optim.step import native
+
+    return "blocked" if native.installed() is None else "native"
 
 
 def _compiler_lacks(name: str, device_type: str) -> str | None:

@@ -81,8 +81,8 @@ void measure_one_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols
 #pragma omp simd reduction(+ : r0, r1, r2, r3, s0, s1, s2, s3)
     for (int64_t i = 0; i < cols; i++) {
       float x0 = load(g0[i]), x1 = load(g1[i]), x2 = load(g2[i]), x3 = load(g3[i]);
-      r0 += x0 * p0[i], r1 += x1 * p1[i], r2 += x2 * p2[i], r3 += x3 * p3[i];
-      s0 += x0 * x0, s1 += x1 * x1, s2 += x2 * x2, s3 += x3 * x3;
+      r0 = std::fma(x0, p0[i], r0), r1 = std::fma(x1, p1[i], r1), r2 = std::fma(x2, p2[i], r2), r3 = std::fma(x3, p3[i], r3);
+      s0 = std::fma(x0, x0, s0), s1 = std::fma(x1, x1, s1), s2 = std::fma(x2, x2, s2), s3 = std::fma(x3, x3, s3);
     }
     R[at[0]] = r0, R[at[1]] = r1, R[at[2]] = r2, R[at[3]] = r3;
     G_sq[at[0]] = s0, G_sq[at[1]] = s1, G_sq[at[2]] = s2, G_sq[at[3]] = s3;
@@ -102,8 +102,8 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
 #pragma omp simd
       for (int64_t j = 0; j < count; j++) {
         float x = load(g[j]);
-        r[j] += x * p;
-        square[j] += x * x;
+        r[j] = std::fma(x, p, r[j]);
+        square[j] = std::fma(x, x, square[j]);
       }
     };
     int64_t row = 0;
@@ -113,8 +113,8 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
 #pragma omp simd
       for (int64_t j = 0; j < count; j++) {
         float x0 = load(g0[j]), x1 = load(g1[j]), x2 = load(g2[j]), x3 = load(g3[j]);
-        r[j] = (((r[j] + x0 * p[0]) + x1 * p[1]) + x2 * p[2]) + x3 * p[3];
-        square[j] = (((square[j] + x0 * x0) + x1 * x1) + x2 * x2) + x3 * x3;
+        r[j] = std::fma(x3, p[3], std::fma(x2, p[2], std::fma(x1, p[1], std::fma(x0, p[0], r[j]))));
+        square[j] = std::fma(x3, x3, std::fma(x2, x2, std::fma(x1, x1, std::fma(x0, x0, square[j]))));
       }
     }
     for (; row < rows; row++) add(row);
@@ -188,12 +188,13 @@ void measure_sketch_wide(int64_t num, const T* const* G, int64_t cols, const int
 }
 
 struct Adam {
-  float weight1, weight2, correction1, scale2, eps;  // scale2: 1 / the correction of V
+  float beta1, weight1, beta2, weight2, correction1, scale2, eps;  // weight: 1 - beta; scale2: 1 / the correction of V
+  explicit Adam(const float* n) : beta1(n[0]), weight1(n[1]), beta2(n[2]), weight2(n[3]), correction1(n[4]), scale2(n[5]), eps(n[6]) {}
 };
 
 inline float direction(const Adam& a, float r, float& m, float& v) {
-  m += (r - m) * a.weight1;
-  v += (r * r - v) * a.weight2;
+  m = m * a.beta1 + r * a.weight1;  // m + (r - m) weight would lose what is small beside m
+  v = v * a.beta2 + r * r * a.weight2;
   return m / ((std::sqrt(v * a.scale2) + a.eps) * a.correction1);
 }
 
@@ -362,7 +363,7 @@ void norms(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* R
 // Adam's moments in place, and |R~_j|^2; where live is 0 nothing changes.
 void direct(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* R, float* const* M, float* const* V,
             const float* live, const float* numbers, float* out) {
-  Adam a{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+  Adam a(numbers);
   if (tall) {
 #pragma omp parallel for schedule(static)
     for (int64_t at = 0; at < num * rows; at++) {
@@ -411,8 +412,8 @@ void apply(int64_t num, void* const* W, int64_t w_bfloat, const void* const* G, 
 // AdamW; numbers: those of Adam, then 1 - lr decay, and lr (negative to climb).
 void adamw(int64_t num, void* const* W, int64_t w_bfloat, const void* const* G, int64_t g_bfloat, float* const* M, float* const* V,
            int64_t size, const float* numbers, const int64_t* hash) {
-  Adam a{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
-  auto run = [&](auto w, auto g) { adamw_typed(num, w, g, M, V, size, a, numbers[5], numbers[6], hash); };
+  Adam a(numbers);
+  auto run = [&](auto w, auto g) { adamw_typed(num, w, g, M, V, size, a, numbers[7], numbers[8], hash); };
   auto with = [&](auto w) { g_bfloat ? run(w, (const bf16* const*)G) : run(w, (const float* const*)G); };
   w_bfloat ? with((bf16* const*)W) : with((float* const*)W);
 }

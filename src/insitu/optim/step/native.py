@@ -1,17 +1,16 @@
-"""The passes for CPUs in C++ (native.cpp), compiled by the machine's own compiler at the first step, in about two seconds.
+"""The passes for CPUs in C++ (native.cpp), compiled when the package was installed, else at the first step, in two seconds.
 
 All tensors of one shape are one call, each matrix is read once, and rounding is part of the pass that writes: what torch's
-calls one by one cannot do. It must be asked for by name; ``auto`` compiles nothing on a CPU. What it cannot take (other types
-than float32 and bf16, strides, dense products, compensated storage) is done by :mod:`insitu.optim.step.blocked`.
+calls one by one cannot do. ``auto`` takes it where it was compiled at installation, and compiles nothing itself. What it cannot
+take (other types than float32 and bf16, strides, dense products, compensated storage) is done by
+:mod:`insitu.optim.step.blocked`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
+import logging
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,41 +22,35 @@ from torch import Tensor
 
 from insitu.optim.projection import Projection, Sketch
 from insitu.optim.rounding import Precision, hash_numbers, in_one_period
+from insitu.optim.step import kernels
 from insitu.optim.step.blocked import Blocked
 from insitu.optim.step.scratch import Scratch
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = (
-    *(
-        "-O3",
-        "-march=native",
-        "-mprefer-vector-width=512",
-        "-fno-math-errno",
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-    ),
-    *("-fopenmp", "-fPIC", "-shared", "-std=c++17"),
-)
+_log = logging.getLogger(__name__)
 _PIECE = 1 << 14  # elements that are added up in float32
 _TYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
+def installed() -> ctypes.CDLL | None:
+    """The kernels that were compiled at installation, or None if there are none for this machine."""
+    path = kernels.installed()
+    try:
+        return None if path is None else ctypes.CDLL(str(path))
+    except OSError as error:  # a library that it needs is not there
+        _log.info("%s is not used: %s", path, error)
+        return None
+
+
+@functools.cache
 def build() -> ctypes.CDLL | str:
-    """The compiled kernels, once per process; or why there are none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
-    if compiler is None:
-        return f"no C++ compiler ({', '.join(names)})"
+    """The kernels, compiled now if they were not at installation; or why there are none."""
+    if (library := installed()) is not None:
+        return library
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "native.so"
-        ran = subprocess.run(
-            [compiler, *_FLAGS, "-o", str(out), str(_SOURCE)], capture_output=True, text=True, check=False
-        )
-        if ran.returncode:
-            said = (ran.stderr.strip() or "no message").splitlines()[0]
-            return f"a C++ compiler that cannot make the kernels ({compiler} {' '.join(_FLAGS)}: {said})"
-        return ctypes.CDLL(str(out))
+        reason = kernels.compile_to(out)
+        return ctypes.CDLL(str(out)) if reason is None else reason
 
 
 class Native(Blocked):
@@ -76,13 +69,9 @@ class Native(Blocked):
         first, dtype, (b, rows, cols) = projections[0], G[0].dtype, G[0].shape
         rank = first.rank if isinstance(first, Sketch) else first.shape[-2]
         dense = isinstance(first, Tensor) and (first.ndim == 3 or rank > 1)
-        if (
-            dense
-            or G[0].numel() == 0
-            or not R.is_contiguous()
-            or not all(g.dtype == dtype in _TYPES and g.is_contiguous() for g in G)
-        ):
+        if dense or G[0].numel() == 0 or not all(g.dtype == dtype in _TYPES for g in G):
             return super().measure(G, projections, channel_dim, R)
+        G = [g.contiguous() for g in G]
         tall = channel_dim == -2
         G_sq = torch.empty(len(R), rows if tall else cols, device=self._device)
         R_sq = torch.empty_like(G_sq)
@@ -103,8 +92,9 @@ class Native(Blocked):
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, in one pass."""
         dtype, size = G[0].dtype, G[0].numel()
-        if size == 0 or not all(g.dtype == dtype in _TYPES and g.numel() == size and g.is_contiguous() for g in G):
+        if size == 0 or not all(g.dtype == dtype in _TYPES and g.numel() == size for g in G):
             return super().square(G)
+        G = [g.contiguous() for g in G]
         out = torch.empty(len(G), -(-size // _PIECE), dtype=torch.float64, device=self._device)
         self._call("square", len(G), _pointers(G), int(dtype == torch.bfloat16), size, _PIECE, out)
         return out.sum(1)
@@ -114,9 +104,9 @@ class Native(Blocked):
         known, R_sq = self._norms.pop(id(R), (None, R))
         if known is not None and known() is R:
             return R_sq
-        if not R.is_contiguous() or R.numel() == 0:
+        if R.numel() == 0:
             return super().norms(R, side)
-        out = torch.empty(len(R), R.shape[-3 - side], device=self._device)
+        R, out = R.contiguous(), torch.empty(len(R), R.shape[-3 - side], device=self._device)
         self._call("norms", *R.shape, int(side == -1), R, out)
         return out
 
@@ -133,11 +123,11 @@ class Native(Blocked):
         eps: float,
     ) -> Tensor:
         """As the reference, in one pass over R, M and V."""
-        if R.numel() == 0 or not all(x.is_contiguous() for x in (R, *M, *V)):
+        if R.numel() == 0 or not all(x.is_contiguous() for x in (*M, *V)):
             return super().direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
-        out = torch.empty(len(R), R.shape[-3 - side], device=self._device)
+        R, out = R.contiguous(), torch.empty(len(R), R.shape[-3 - side], device=self._device)
         each_live = live.repeat_interleave(len(M[0]))
-        numbers = (ctypes.c_float * 5)(*_adam(step, betas, eps))
+        numbers = (ctypes.c_float * 7)(*_adam(step, betas, eps))
         self._call("direct", *R.shape, int(side == -1), R, _matrices(M), _matrices(V), each_live, numbers, out)
         return out
 
@@ -152,12 +142,17 @@ class Native(Blocked):
     ) -> None:
         """As the reference, in one pass over W and G; tensors that are to stand still are left out."""
         b, alive = len(W[0]), live.tolist()
-        some = [t for t in range(len(W)) if alive[t]]
-        mine = [t for t in some if W[t].numel() and _possible(W[t], G[t], precisions[t], W[0].dtype, G[0].dtype)]
+        some = [t for t in range(len(W)) if alive[t] and W[t].numel()]
+        mine = [t for t in some if _alike(W, G, t) and _by_kernel(W[t], G[t], precisions[t])]
         for t in set(some) - set(mine):
             these = slice(t * b, (t + 1) * b)
-            its_decay = None if decay is None else decay[these]
-            super().apply([W[t]], [G[t]], eta_s[these], its_decay, live[t : t + 1], [precisions[t]])
+            others = eta_s[these], None if decay is None else decay[these], live[t : t + 1]
+            if _in_float32(W[t], G[t], precisions[t]):
+                work = W[t].float().contiguous()
+                self.apply([work], [G[t]], *others, [Precision()])
+                precisions[t].write(W[t], work)
+            else:
+                super().apply([W[t]], [G[t]], *others, [precisions[t]])
         if not mine:
             return
         _, rows, cols = W[0].shape
@@ -166,10 +161,11 @@ class Native(Blocked):
         decay = None if decay is None else decay[chosen]
         pieces = [precisions[t].of(i * rows * cols, rows * cols) for t in mine for i in range(b)]
         eta_strides = (eta_s[0].numel(), int(eta_s.shape[1] > 1) * eta_s.shape[2], int(eta_s.shape[2] > 1))
-        types = [int(x[0].dtype == torch.bfloat16) for x in (W, G)]
-        pointers = [_matrices([x[t] for t in mine]) for x in (W, G)]
-        tables = pointers[0], types[0], pointers[1], types[1]
+        written, read = [W[t] for t in mine], [G[t].contiguous() for t in mine]
+        types = [int(x[0].dtype == torch.bfloat16) for x in (written, read)]
+        tables = _matrices(written), types[0], _matrices(read), types[1]
         self._call("apply", len(chosen), *tables, rows, cols, eta_s, *eta_strides, decay, _hashes(pieces))
+        _tell_autograd(written)
 
     def adamw(
         self,
@@ -183,41 +179,32 @@ class Native(Blocked):
         **numbers: Any,
     ) -> None:
         """As the reference, in one pass; tensors that are to stand still are left out."""
-        some = [t for t, alive in enumerate(live.tolist()) if alive]
-        mine = [
-            t
-            for t in some
-            if all(x.dtype == torch.float32 and x.is_contiguous() for x in (M[t], V[t]))
-            and _possible(W[t], G[t], precisions[t], W[0].dtype, G[0].dtype)
-        ]
-        left = sorted(set(some) - set(mine))
-        if left:
-            w, g, m, v = ([x[t] for t in left] for x in (W, G, M, V))
-            how = [precisions[t] for t in left], [moments[t] for t in left]
-            super().adamw(w, g, m, v, live[left], *how, **numbers)
+        some = [t for t, alive in enumerate(live.tolist()) if alive and W[t].numel()]
+        plain = [t for t in some if all(x.dtype == torch.float32 and x.is_contiguous() for x in (M[t], V[t]))]
+        mine = [t for t in plain if _alike(W, G, t) and _by_kernel(W[t], G[t], precisions[t])]
+        for t in set(some) - set(mine):
+            others, how = ([G[t]], [M[t]], [V[t]], live[t : t + 1]), [moments[t]]
+            if t in plain and _in_float32(W[t], G[t], precisions[t]):
+                work = W[t].float().contiguous()
+                self.adamw([work], *others, [Precision()], how, **numbers)
+                precisions[t].write(W[t], work)
+            else:
+                super().adamw([W[t]], *others, [precisions[t]], how, **numbers)
         if not mine:
             return
-        (beta1, beta2), step, lr = numbers["betas"], numbers["step"], float(numbers["lr"])
-        values = (ctypes.c_float * 7)(
-            *_adam(step, (beta1, beta2), numbers["eps"]),
+        lr = float(numbers["lr"])
+        values = (ctypes.c_float * 9)(
+            *_adam(numbers["step"], numbers["betas"], numbers["eps"]),
             1 - lr * numbers["weight_decay"],
             -lr if numbers["maximize"] else lr,
         )
-        pointers = [_pointers(x[t] for t in mine) for x in (W, G, M, V)]
-        types = [int(x[0].dtype == torch.bfloat16) for x in (W, G)]
+        written, read = [W[t] for t in mine], [G[t].contiguous() for t in mine]
+        types = [int(x[0].dtype == torch.bfloat16) for x in (written, read)]
+        tables = _pointers(written), types[0], _pointers(read), types[1]
+        states = [_pointers(x[t] for t in mine) for x in (M, V)]
         hashes = _hashes([precisions[t] for t in mine])
-        self._call(
-            "adamw",
-            len(mine),
-            pointers[0],
-            types[0],
-            pointers[1],
-            types[1],
-            *pointers[2:],
-            W[0].numel(),
-            values,
-            hashes,
-        )
+        self._call("adamw", len(mine), *tables, *states, W[0].numel(), values, hashes)
+        _tell_autograd(written)
 
     def _call(self, name: str, *values: Tensor | int | ctypes.Array[ctypes.c_void_p] | object) -> None:
         arguments: list[object] = []
@@ -246,7 +233,8 @@ def _matrices(stacks: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _adam(step: int, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
-    return 1 - betas[0], 1 - betas[1], 1 - betas[0] ** step, 1 / (1 - betas[1] ** step), eps
+    beta1, beta2 = betas
+    return beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**step, 1 / (1 - beta2**step), eps
 
 
 def _hashes(precisions: Sequence[Precision]) -> ctypes.Array[ctypes.c_int64] | None:
@@ -261,16 +249,25 @@ def _hashes(precisions: Sequence[Precision]) -> ctypes.Array[ctypes.c_int64] | N
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _possible(W: Tensor, G: Tensor, precision: Precision, w_dtype: torch.dtype, g_dtype: torch.dtype) -> bool:
-    """Whether the kernel can take it; all tensors of a call have one type."""
-    return (
-        W.dtype == w_dtype in _TYPES
-        and G.dtype == g_dtype in _TYPES
-        and W.is_contiguous()
-        and G.is_contiguous()
-        and precision.residual is None
-        and (
-            precision.key is None
-            or (isinstance(precision.start, int) and W.numel() < 2**31 and in_one_period(precision.start, W.numel()))
-        )
-    )
+def _alike(W: Sequence[Tensor], G: Sequence[Tensor], t: int) -> bool:
+    """Whether one is of the types of the first: all tensors of a call are."""
+    return W[t].dtype == W[0].dtype and G[t].dtype == G[0].dtype
+
+
+def _in_float32(W: Tensor, G: Tensor, precision: Precision) -> bool:
+    """Whether the kernels can compute it. A shard whose elements are no neighbours then has the bits of its whole tensor."""
+    return W.dtype in _TYPES and G.dtype in _TYPES and precision.residual is None
+
+
+def _by_kernel(W: Tensor, G: Tensor, precision: Precision) -> bool:
+    """Whether they can also round it."""
+    if not (_in_float32(W, G, precision) and W.is_contiguous()):
+        return False
+    if precision.key is None:
+        return True
+    return isinstance(precision.start, int) and W.numel() < 2**31 and in_one_period(precision.start, W.numel())
+
+
+def _tell_autograd(written: Sequence[Tensor]) -> None:
+    """A weight that a backward pass still needs must be known to have changed."""
+    torch.autograd.graph.increment_version(written)

@@ -86,8 +86,8 @@ def measure_sketch(
 def _moments(r, m, v, live, weight1, weight2, correction1, correction2, eps):
     """New M and V, and R~."""
     r = tl.where(live > 0, r, 0.0)
-    m = m + (r - m) * (weight1 * live)
-    v = v + (r * r - v) * (weight2 * live)
+    m = m * (1 - weight1 * live) + r * (weight1 * live)  # m + (r - m) weight would lose what is small beside m
+    v = v * (1 - weight2 * live) + r * r * (weight2 * live)
     return m, v, m / (tl.sqrt_rn(v / correction2) + eps) / correction1
 
 
