@@ -182,7 +182,7 @@ def _remove(path: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     path.rename(target)
-    shutil.rmtree(target)
+    shutil.rmtree(trash)
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

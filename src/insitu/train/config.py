@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from insitu.train.fields import ConfigError, check, schema, unknown
+from insitu.train.fields import ConfigError, check, nearest, schema
 
 Kind = Literal["pretrain", "sft"]
 
@@ -106,8 +106,9 @@ def resolve(content: Mapping[str, Any], kind: Kind = "pretrain", where: str = "t
     for name in content:
         if name not in kinds:
             other = {"data": "sft", "sft": "data"}.get(name)
-            way_out = f"{name} is no section of `insitu train {kind}`: its text is in {other}" if other else None
-            raise ConfigError(f"{where}: {way_out or unknown(str(name), list(kinds), '')}")
+            if other is not None:
+                raise ConfigError(f"{where}: {name} is no section of `insitu train {kind}`: its text is in {other}")
+            raise ConfigError(f"{where}: {name} is unknown{nearest(str(name), list(kinds))}")
     made: dict[str, Any] = {}
     for name, section in kinds.items():
         values = content.get(name)

@@ -169,6 +169,7 @@ class Engine(Trainer):  # type: ignore[misc]
         pending = json.loads((checkpoint / checkpoints.RECORD).read_text())["pending_loss"]
         if len(pending) == self.args.world_size:
             self._tr_loss += pending[self.args.process_index]
+            self._total_loss_scalar -= sum(pending) / len(pending)  # the mean that the end tells is of this call's steps
             history = [entry["step"] for entry in self.state.log_history if "loss" in entry]
             self._globalstep_last_logged = history[-1] if history else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -34,7 +34,7 @@ def check(kind: type[Any], values: Mapping[str, Any], section: str) -> dict[str,
     hints = hints_of(kind)
     for key in values:
         if key not in hints:
-            raise ConfigError(unknown(str(key), list(hints), section))
+            raise ConfigError(f"{section}.{key} is unknown{nearest(str(key), list(hints))}")
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if not _fits(value, hints[key]):
@@ -47,11 +47,10 @@ def check(kind: type[Any], values: Mapping[str, Any], section: str) -> dict[str,
     return checked
 
 
-def unknown(key: str, known: list[str], where: str) -> str:
-    """What is said of a key that does not exist in ``where`` ("" for the top)."""
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The end of a message that ``key`` is unknown: the nearest name, or all there are."""
     near = difflib.get_close_matches(key, known, n=1)
-    name = f"{where}.{key}" if where else key
-    return f"{name} is unknown" + (f": did you mean {near[0]}?" if near else f": expected one of {', '.join(known)}")
+    return f": did you mean {near[0]}?" if near else f": expected one of {', '.join(known)}"
 
 
 def schema(kind: type[Any], skip: frozenset[str] = frozenset()) -> dict[str, Any]:

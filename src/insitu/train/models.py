@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from insitu.diagnostics.skeleton import GPTS, LLAMAS, ModelError, config_of
-from insitu.train.fields import ConfigError, unknown
+from insitu.train.fields import ConfigError, nearest
 
 PRESETS = (*LLAMAS, *GPTS)
 
@@ -59,7 +59,7 @@ def shape_of(config: ModelConfig, vocabulary: int | None = None) -> Any:
         known = [key for key in shape.to_dict() if not key.startswith("_")]
         for key in config.options:
             if key not in known:
-                raise ConfigError(unknown(key, known, "model.options"))
+                raise ConfigError(f"model.options.{key} is unknown{nearest(key, known)}")
         overlay = dict(config.options)
         if vocabulary is not None:
             if overlay.setdefault("vocab_size", vocabulary) < vocabulary:
@@ -75,20 +75,19 @@ def shape_of(config: ModelConfig, vocabulary: int | None = None) -> Any:
     return shape
 
 
-def check_fits(shape: Any, vocabulary: int, sequence_length: int, where: str) -> None:
+def check_fits(shape: Any, vocabulary: int, sequence_length: int) -> None:
     """Refuse a sequence that is longer than the model, and a tokenizer with tokens that the model does not know.
 
     Args:
         shape: the model's config.
         vocabulary: tokens of the tokenizer.
-        sequence_length: tokens in one training sequence.
-        where: the key that sets the sequence length, for the message.
+        sequence_length: tokens in one training sequence; 0 where examples have each their own.
     """
     text = shape.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ConfigError(
-            f"{where}={sequence_length}: the model has {positions} positions; shorten the sequences, or train one from "
+            f"data.sequence_length={sequence_length}: the model has {positions} positions; shorten the sequences, or train one from "
             "scratch with model.options.max_position_embeddings"
         )
     if vocabulary > text.vocab_size:

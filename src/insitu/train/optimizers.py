@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-from insitu.train.fields import ConfigError, unknown
+from insitu.train.fields import ConfigError, nearest
 
 OURS = ("apollo", "apollo-mini", "q-apollo", "q-apollo-mini", "apollo-qn", "apollo-qnw")
 NAMES = ("adamw", *OURS)
@@ -42,7 +42,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in NAMES and "." not in self.name:
             raise ConfigError(
-                f"{unknown(self.name, list(NAMES), 'optimizer.name')} (or an import path such as torch.optim.SGD)"
+                f"optimizer.name={self.name!r} is unknown{nearest(self.name, NAMES)} (or an import path such as torch.optim.SGD)"
             )
         if self.name.startswith("q-"):
             self.int8 = True
@@ -93,13 +93,12 @@ def prepare_weights(config: OptimizerConfig, model: Any) -> None:
         quantize(model, group_size=config.group_size)
 
 
-def class_and_kwargs(config: OptimizerConfig, args: Any, moments: str | None = None) -> tuple[Any, dict[str, Any]]:
+def class_and_kwargs(config: OptimizerConfig, args: Any) -> tuple[Any, dict[str, Any]]:
     """What Trainer takes as ``optimizer_cls_and_kwargs``.
 
     Args:
         config: the section.
         args: the TrainingArguments.
-        moments: storage of this package's moments ("float32", "bfloat16"); None leaves the optimizer's own.
 
     Raises:
         ConfigError: a class that cannot be had; training arguments that the optimizer has no use for.
@@ -111,8 +110,6 @@ def class_and_kwargs(config: OptimizerConfig, args: Any, moments: str | None = N
 
         kinds = {"apollo": APOLLO, "apollo-mini": APOLLOMini, "apollo-qn": ApolloQN, "apollo-qnw": ApolloQNW}
         kind = kinds[config.name.removeprefix("q-")]
-        if moments is not None:
-            options.setdefault("moments", moments)
         try:
             return trainer_optimizer(args, kind, **options)
         except (TypeError, ValueError) as error:
@@ -158,5 +155,5 @@ def _preset(name: str) -> dict[str, Any]:
     from insitu.optim.presets import PRESETS
 
     if name not in PRESETS:
-        raise ConfigError(unknown(name, sorted(PRESETS), "optimizer.preset"))
+        raise ConfigError(f"optimizer.preset={name!r} is unknown{nearest(name, sorted(PRESETS))}")
     return preset(name)

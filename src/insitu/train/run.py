@@ -111,8 +111,7 @@ def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
 
     tokenizer = _tokenizer(config, output_dir)
     shape = models.shape_of(config.model, len(tokenizer))
-    where, length = _sequence_length(config)
-    models.check_fits(shape, len(tokenizer), length, where)
+    models.check_fits(shape, len(tokenizer), config.data.sequence_length if config.data is not None else 0)
     start = found if config.model.fsdp_size > 1 else None
     model = models.build(config.model, shape, args.seed, start, output_dir / checkpoints.PARTIAL / "initial")
     overrides = precision.apply(config.precision, model, device=args.device.type)
@@ -177,20 +176,20 @@ def _tokenizer(config: TrainConfig, output_dir: Path) -> Any:
 
         return make_tokenizer(config.data, output_dir / _CACHE)
     if config.model.is_preset:
-        raise ConfigError(
-            f"model.name={config.model.name} is a shape and has no tokenizer: give data.tokenizer.vocab_size to train one on the "
-            "text, or data.tokenizer.path"
+        way_out = (
+            "give data.tokenizer.vocab_size to train one on the text, or data.tokenizer.path"
+            if config.kind == "pretrain"
+            else "fine-tune a directory that pretraining wrote, or a Hub id"
         )
+        raise ConfigError(f"model.name={config.model.name} is a shape and has no tokenizer: {way_out}")
     try:
-        return AutoTokenizer.from_pretrained(Path(config.model.name).expanduser())
+        tokenizer = AutoTokenizer.from_pretrained(Path(config.model.name).expanduser())
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name={config.model.name}: its tokenizer cannot be loaded ({error})") from error
-
-
-def _sequence_length(config: TrainConfig) -> tuple[str, int]:
-    if config.data is not None:
-        return "data.sequence_length", config.data.sequence_length
-    return "sft.max_length", getattr(config.sft, "max_length", None) or 0
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Of a directory without one Transformers makes an empty one of the model's family.
+        raise ConfigError(f"model.name={config.model.name} has no tokenizer: give data.tokenizer.path, or put its files there")
+    return tokenizer
 
 
 def _data(
