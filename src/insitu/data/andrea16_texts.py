@@ -200,7 +200,9 @@ def _title(front: re.Match[str]) -> str:
 
 def _markdown(text: str) -> str:
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"</?[a-zA-Z][^>\n]*>", "", text)
+    text = re.sub(
+        r"</?(?:a|br|details|div|h\d|img|kbd|li|ol|p|span|sub|summary|sup|table|td|th|tr|ul)\b[^>\n]*>", "", text
+    )
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     return "\n".join(line.rstrip() for line in html.unescape(text).replace("\u200b", "").splitlines()).strip()
 

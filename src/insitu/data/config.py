@@ -8,75 +8,79 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from insitu.data.messages import DataError
 
-MIXTURES = ("bandit", "weighted")
 PACKAGES = ("andrea16",)
 _Section = TypeVar("_Section")
+
+
+def _help(text: str, default: Any = dataclasses.MISSING) -> Any:
+    """A field that says in ``insitu train config-schema`` what it is."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(kw_only=True)
 class SourceConfig:
     """One source of documents, from exactly one place: ``path``, ``hub`` or ``package``."""
 
-    name: str
-    """What the source is called in logs, in the validation sets and in a package's directory."""
-    path: str | None = None
-    """A file (.txt: one document; .jsonl: one a line; either may end in .gz) or a directory of such files."""
-    hub: str | None = None
-    """A data set of the Hub, ``owner/name``; read from the local data directory instead where one is given."""
-    package: str | None = None
-    """A set that ``insitu train get-data`` fetched, such as ``andrea16``; ``name`` says which of its sources."""
-    subset: str | None = None
-    """The Hub's name of a part of the data set, such as C4's ``en``."""
-    split: str = "train"
-    """The Hub's split."""
-    text_column: str = "text"
-    """The key of a document's text in .jsonl files and Hub data sets."""
-    max_documents: int | None = None
-    """No document behind this one is read. A Hub data set needs it: it may have no end within reach."""
-    weight: float = 1.0
-    """Share of the sequences under ``mixture: weighted``, relative to the other sources' weights."""
-    floor: float = 0.0
-    """Under ``mixture: bandit``: the weight in the draw that the source keeps whatever its reward (0 to 1)."""
-    warmup: bool = False
-    """Whether it is one of the sources of the first ``warmup_steps`` steps."""
-    max_epochs: float | None = None
-    """How often its training text may be seen; then the source is no longer chosen. None: no limit."""
+    name: str = _help("What the source is called in logs and validation sets, and in a package's directory.")
+    path: str | None = _help(
+        "A file (.txt: one document; .jsonl: one a line; either may end in .gz) or a directory of such files.", None
+    )
+    hub: str | None = _help(
+        "A data set of the Hub, owner/name; read from data.directory instead where that is given.", None
+    )
+    package: str | None = _help(
+        "A set that `insitu train get-data` fetched, such as andrea16; name says which source.", None
+    )
+    subset: str | None = _help("The Hub's name of a part of the data set, such as C4's en.", None)
+    split: str = _help("The Hub's split.", "train")
+    text_column: str = _help("The key of a document's text in .jsonl files and Hub data sets.", "text")
+    max_documents: int | None = _help("No document behind this one is read. A streamed Hub data set needs it.", None)
+    weight: float = _help(
+        "Share of the sequences under mixture: weighted, relative to the other sources' weights.", 1.0
+    )
+    floor: float = _help(
+        "Under mixture: bandit, the weight in the draw that it keeps whatever its reward, 0 to 1.", 0.0
+    )
+    warmup: bool = _help("Whether it is one of the sources of the first warmup_steps steps.", False)
+    max_epochs: float | None = _help(
+        "How often its text may be seen; then it is no longer chosen. null: no limit.", None
+    )
 
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """A tokenizer to load (``path``: a directory or Hub name), or the size of one to train on the sources."""
+    """A tokenizer to load, or the size of one to train on the sources."""
 
-    path: str | None = None
-    vocab_size: int | None = None
-    max_bytes: int = 50_000_000
-    """How much text a new tokenizer is trained on, taken from the sources in turn."""
+    path: str | None = _help("A directory or a Hub name.", None)
+    vocab_size: int | None = _help("Tokens of a byte-level BPE tokenizer that is trained on the sources.", None)
+    max_bytes: int = _help("How much text it is trained on, taken from the sources in turn.", 50_000_000)
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """Text, and how it is mixed. See :class:`insitu.data.mixture.Mixture` for what is done with it."""
 
-    sources: list[SourceConfig]
-    mixture: str = "bandit"
-    exploration: float = 1.0
-    """C of UCB1, in units of the rewards' root mean square."""
-    hold: list[int] = field(default_factory=lambda: [7, 42])
-    """The fewest and the most optimizer steps that a source chosen by the bandit is held."""
-    warmup_steps: int = 0
-    """For so many optimizer steps only the sources marked ``warmup`` are chosen."""
-    validation: float = 0.01
-    """Share of each source's documents that is never trained on."""
-    tokenizer: TokenizerConfig | None = None
-    """None: the tokenizer of the model that is trained on."""
-    sequence_length: int = 1024
-    """T, tokens in one training sequence."""
-    directory: str | None = None
-    """A local directory that holds the Hub data sets and the packaged ones; else the environment's INSITU_DATA."""
+    sources: list[SourceConfig] = _help("Where the text comes from.")
+    mixture: Literal["bandit", "weighted"] = _help(
+        "How sources are chosen: UCB1 on loss reduction, or fixed weights.", "bandit"
+    )
+    exploration: float = _help("C of UCB1, in units of the rewards' root mean square.", 1.0)
+    hold: list[int] = field(
+        default_factory=lambda: [7, 42],
+        metadata={"help": "The fewest and the most optimizer steps that a source chosen by the bandit is held."},
+    )
+    warmup_steps: int = _help("For so many optimizer steps only the sources marked warmup are chosen.", 0)
+    validation: float = _help("Share of each source's documents that is never trained on.", 0.01)
+    tokenizer: TokenizerConfig | None = _help("null: the tokenizer of the model that is trained on.", None)
+    sequence_length: int = _help("T, tokens in one training sequence.", 1024)
+    directory: str | None = _help(
+        "A local directory that holds the Hub data sets and the packaged ones; else the environment's INSITU_DATA.",
+        None,
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.sources, list | tuple) or not self.sources:
@@ -151,8 +155,8 @@ def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
 
 
 def _check_mixture(config: DataConfig) -> None:
-    if config.mixture not in MIXTURES:
-        raise DataError(f"data.mixture={config.mixture!r}; expected {' or '.join(MIXTURES)}", "data.mixture")
+    if config.mixture not in ("bandit", "weighted"):
+        raise DataError(f"data.mixture={config.mixture!r}; expected bandit or weighted", "data.mixture")
     _number(config.exploration, "data.exploration", low=0.0)
     if not isinstance(config.hold, list | tuple) or len(config.hold) != 2:
         raise DataError(f"data.hold={config.hold!r}; expected two numbers, the fewest and the most steps", "data.hold")
