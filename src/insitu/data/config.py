@@ -16,38 +16,50 @@ PACKAGES = ("andrea16",)
 _Section = TypeVar("_Section")
 
 
-def _help(text: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field that says in ``insitu train config-schema`` what it is."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(kw_only=True)
 class SourceConfig:
     """One source of documents, from exactly one place: ``path``, ``hub`` or ``package``."""
 
-    name: str = _help("What the source is called in logs and validation sets, and in a package's directory.")
-    path: str | None = _help(
-        "A file (.txt: one document; .jsonl: one a line; either may end in .gz) or a directory of such files.", None
+    name: str = field(
+        metadata={"help": "What the source is called in logs and validation sets, and in a package's directory."}
     )
-    hub: str | None = _help(
-        "A data set of the Hub, owner/name; read from data.directory instead where that is given.", None
+    path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file (.txt: one document; .jsonl: one a line; either may end in .gz) or a directory of such files."
+        },
     )
-    package: str | None = _help(
-        "A set that `insitu train get-data` fetched, such as andrea16; name says which source.", None
+    hub: str | None = field(
+        default=None,
+        metadata={"help": "A data set of the Hub, owner/name; read from data.directory instead where that is given."},
     )
-    subset: str | None = _help("The Hub's name of a part of the data set, such as C4's en.", None)
-    split: str = _help("The Hub's split.", "train")
-    text_column: str = _help("The key of a document's text in .jsonl files and Hub data sets.", "text")
-    max_documents: int | None = _help("No document behind this one is read. A streamed Hub data set needs it.", None)
-    weight: float = _help(
-        "Share of the sequences under mixture: weighted, relative to the other sources' weights.", 1.0
+    package: str | None = field(
+        default=None,
+        metadata={"help": "A set that `insitu train get-data` fetched, such as andrea16; name says which source."},
     )
-    floor: float = _help(
-        "Under mixture: bandit, the weight in the draw that it keeps whatever its reward, 0 to 1.", 0.0
+    subset: str | None = field(
+        default=None, metadata={"help": "The Hub's name of a part of the data set, such as C4's en."}
     )
-    warmup: bool = _help("Whether it is one of the sources of the first warmup_steps steps.", False)
-    max_epochs: float | None = _help(
-        "How often its text may be seen; then it is no longer chosen. null: no limit.", None
+    split: str = field(default="train", metadata={"help": "The Hub's split."})
+    text_column: str = field(
+        default="text", metadata={"help": "The key of a document's text in .jsonl files and Hub data sets."}
+    )
+    max_documents: int | None = field(
+        default=None, metadata={"help": "No document behind this one is read. A streamed Hub data set needs it."}
+    )
+    weight: float = field(
+        default=1.0,
+        metadata={"help": "Share of the sequences under mixture: weighted, relative to the other sources' weights."},
+    )
+    floor: float = field(
+        default=0.0,
+        metadata={"help": "Under mixture: bandit, the weight in the draw that it keeps whatever its reward, 0 to 1."},
+    )
+    warmup: bool = field(
+        default=False, metadata={"help": "Whether it is one of the sources of the first warmup_steps steps."}
+    )
+    max_epochs: float | None = field(
+        default=None, metadata={"help": "How often its text may be seen; then it is no longer chosen. null: no limit."}
     )
 
 
@@ -55,31 +67,43 @@ class SourceConfig:
 class TokenizerConfig:
     """A tokenizer to load, or the size of one to train on the sources."""
 
-    path: str | None = _help("A directory or a Hub name.", None)
-    vocab_size: int | None = _help("Tokens of a byte-level BPE tokenizer that is trained on the sources.", None)
-    max_bytes: int = _help("How much text it is trained on, taken from the sources in turn.", 50_000_000)
+    path: str | None = field(default=None, metadata={"help": "A directory or a Hub name."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a byte-level BPE tokenizer that is trained on the sources."}
+    )
+    max_bytes: int = field(
+        default=50_000_000, metadata={"help": "How much text it is trained on, taken from the sources in turn."}
+    )
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """Text, and how it is mixed. See :class:`insitu.data.mixture.Mixture` for what is done with it."""
 
-    sources: list[SourceConfig] = _help("Where the text comes from.")
-    mixture: Literal["bandit", "weighted"] = _help(
-        "How sources are chosen: UCB1 on loss reduction, or fixed weights.", "bandit"
+    sources: list[SourceConfig] = field(metadata={"help": "Where the text comes from."})
+    mixture: Literal["bandit", "weighted"] = field(
+        default="bandit", metadata={"help": "How sources are chosen: UCB1 on loss reduction, or fixed weights."}
     )
-    exploration: float = _help("C of UCB1, in units of the rewards' root mean square.", 1.0)
+    exploration: float = field(default=1.0, metadata={"help": "C of UCB1, in units of the rewards' root mean square."})
     hold: list[int] = field(
         default_factory=lambda: [7, 42],
         metadata={"help": "The fewest and the most optimizer steps that a source chosen by the bandit is held."},
     )
-    warmup_steps: int = _help("For so many optimizer steps only the sources marked warmup are chosen.", 0)
-    validation: float = _help("Share of each source's documents that is never trained on.", 0.01)
-    tokenizer: TokenizerConfig | None = _help("null: the tokenizer of the model that is trained on.", None)
-    sequence_length: int = _help("T, tokens in one training sequence.", 1024)
-    directory: str | None = _help(
-        "A local directory that holds the Hub data sets and the packaged ones; else the environment's INSITU_DATA.",
-        None,
+    warmup_steps: int = field(
+        default=0, metadata={"help": "For so many optimizer steps only the sources marked warmup are chosen."}
+    )
+    validation: float = field(
+        default=0.01, metadata={"help": "Share of each source's documents that is never trained on."}
+    )
+    tokenizer: TokenizerConfig | None = field(
+        default=None, metadata={"help": "null: the tokenizer of the model that is trained on."}
+    )
+    sequence_length: int = field(default=1024, metadata={"help": "T, tokens in one training sequence."})
+    directory: str | None = field(
+        default=None,
+        metadata={
+            "help": "A local directory that holds the Hub data sets and the packaged ones; else the environment's INSITU_DATA."
+        },
     )
 
     def __post_init__(self) -> None:
