@@ -12,9 +12,9 @@ its loss still falls, because what it repeats is likely: so samples are judged, 
 over the tokens of the text (:func:`tokens`: words and marks, not the model's own, so that scores of different tokenizers
 compare), where d_n = 1 - seq-rep-n is the share of n-grams that are distinct, k the number of distinct known words, c that of
 distinct characters. Each part is full at what the poorer half of real English text of 420 tokens has. The weights and the
-threshold are those of the ANDREA lessons' coherence gate. Known words count once each, because by their share a loop of one
-ordinary sentence would begin with 30 points. So a loop of up to 24 tokens scores under 30 whatever its words are, and real text of any language passes by its n-grams alone. What the score cannot see: nonsense that
-does not repeat itself, and lists that count up.
+threshold are those of the ANDREA lessons' coherence gate. Known words count once each: by their share, a loop of one ordinary
+sentence would begin with 30 points. So a loop of up to 24 tokens scores under 30 whatever its words are, and real text of any
+language passes by its n-grams alone. What the score cannot see: nonsense that does not repeat itself, and lists that count up.
 """
 
 import re
