@@ -31,27 +31,24 @@ _PARTS = ("bigrams", "trigrams", "words", "characters")
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """When and how samples are taken, and what becomes of a run whose samples are bad.
+    """When and how samples are taken, and what becomes of a run whose samples are bad."""
 
-    Args:
-        every: Steps between two samples; 0 turns the monitor off.
-        tokens: Tokens written after each prompt.
-        prompts: What the model goes on from; the score is the mean over them.
-        threshold: A score of 0 to 100; real text has 60 and more.
-        patience: So many scores under the threshold in a row are a collapse.
-        action: What a collapse does: stop the run, or only say so.
-        temperature: Of the sampling. Greedy text of a small model repeats itself also where the model is well.
-        seed: Of the sampling; the run's own randomness is not touched.
-    """
-
-    every: int = 100
-    tokens: int = WINDOW
-    prompts: list[str] = field(default_factory=lambda: ["The", "I was", "In the"])
-    threshold: float = THRESHOLD
-    patience: int = 5
-    action: Literal["stop", "warn"] = "stop"
-    temperature: float = 0.8
-    seed: int = 0
+    every: int = field(default=100, metadata={"help": "Steps between two samples; 0 turns the monitor off."})
+    tokens: int = field(default=WINDOW, metadata={"help": "Tokens written after each prompt."})
+    prompts: list[str] = field(
+        default_factory=lambda: ["The", "I was", "In the"],
+        metadata={"help": "What the model goes on from; the score is the mean over them."},
+    )
+    threshold: float = field(default=THRESHOLD, metadata={"help": "A score of 0 to 100; real text has 60 and more."})
+    patience: int = field(default=5, metadata={"help": "So many scores under the threshold in a row are a collapse."})
+    action: Literal["stop", "warn"] = field(
+        default="stop", metadata={"help": "What a collapse does: stop the run, or only say so."}
+    )
+    temperature: float = field(
+        default=0.8,
+        metadata={"help": "Of the sampling. Greedy text of a small model repeats itself also where the model is well."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the sampling; the run's own randomness is not touched."})
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("tokens", 1), ("patience", 1), ("seed", 0)):

@@ -12,7 +12,7 @@ names. ``moments`` is how the optimizer's state is stored (:mod:`insitu.train.mo
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,18 +25,21 @@ _ALIGNED = 16  # float8 products want both sides of a matrix in multiples of thi
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """In which types a run computes and keeps its numbers.
+    """In which types a run computes and keeps its numbers."""
 
-    Args:
-        compute: Of the products in forward and backward.
-        weights: How the weights are kept. bf16 halves them and needs compute bf16 or fp8; of the optimizers only this
-            package's round stochastically, others lose updates under 1/256 of a weight.
-        moments: How the optimizer keeps its moments between steps.
-    """
-
-    compute: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
-    weights: Literal["fp32", "bf16"] = "fp32"
-    moments: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    compute: Literal["fp32", "bf16", "fp16", "fp8"] = field(
+        default="fp32", metadata={"help": "Of the products in forward and backward."}
+    )
+    weights: Literal["fp32", "bf16"] = field(
+        default="fp32",
+        metadata={
+            "help": "How the weights are kept. bf16 halves them and needs compute bf16 or fp8; of the optimizers only this "
+            "package's round stochastically, others lose updates under 1/256 of a weight."
+        },
+    )
+    moments: Literal["fp32", "bf16", "fp16", "fp8"] = field(
+        default="fp32", metadata={"help": "How the optimizer keeps its moments between steps."}
+    )
 
     def __post_init__(self) -> None:
         kinds = ("fp32", "bf16", "fp16", "fp8")

@@ -30,28 +30,29 @@ log = logging.getLogger("insitu.train")
 
 @dataclass(kw_only=True)
 class SftConfig:
-    """The ``sft`` section.
+    """The ``sft`` section."""
 
-    Args:
-        train: JSON Lines: chats (``messages``) or token ids (``context_ids``, ``continuation_ids``); for method dpo ``prompt``,
-            ``chosen`` and ``rejected``, each a list of messages.
-        eval: Examples that are never trained on, in the same form.
-        method: Learn the replies (sft), or prefer one to the other (dpo).
-        max_length: Longest example in tokens; the model's context by default.
-        too_long: An example over max_length is an error, or skipped and counted.
-        packing: The examples of a batch in one row without padding.
-        beta: Of DPO: how firmly the model is held to where it began.
-        evaluate: Tasks of lm-eval to run after training, such as arc_easy.
-    """
-
-    train: str
-    eval: str | None = None
-    method: Literal["sft", "dpo"] = "sft"
-    max_length: int | None = None
-    too_long: Literal["error", "skip"] = "error"
-    packing: bool = False
-    beta: float = 0.1
-    evaluate: list[str] = field(default_factory=list)
+    train: str = field(
+        metadata={
+            "help": "JSON Lines: chats (messages) or token ids (context_ids, continuation_ids); for method dpo prompt, chosen "
+            "and rejected, each a list of messages."
+        }
+    )
+    eval: str | None = field(default=None, metadata={"help": "Examples that are never trained on, in the same form."})
+    method: Literal["sft", "dpo"] = field(
+        default="sft", metadata={"help": "Learn the replies (sft), or prefer one to the other (dpo)."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest example in tokens; the model's context by default."}
+    )
+    too_long: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "An example over max_length is an error, or skipped and counted."}
+    )
+    packing: bool = field(default=False, metadata={"help": "The examples of a batch in one row without padding."})
+    beta: float = field(default=0.1, metadata={"help": "Of DPO: how firmly the model is held to where it began."})
+    evaluate: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of lm-eval to run after training, such as arc_easy."}
+    )
 
     def __post_init__(self) -> None:
         for name, expected in (("method", ("sft", "dpo")), ("too_long", ("error", "skip"))):
