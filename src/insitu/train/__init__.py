@@ -1,1 +1,1 @@
-"""Pretraining and fine-tuning on Hugging Face Trainer."""
+"""Training language models with Hugging Face's Trainer: what ``insitu train`` runs."""
