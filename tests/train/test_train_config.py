@@ -46,9 +46,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "other verb": ({"sft": {}}, "sft is no section of `insitu train pretrain`: its text is in data"),
     "elsewhere": ({"training": {"bf16": True}}, "training.bf16=True: precision is precision.compute"),
     "optimizer": ({"optimizer": {"name": "apolo"}}, "optimizer.name='apolo' is unknown: did you mean apollo"),
-    "preset": ({"optimizer": {"preset": "apollo-130"}}, "optimizer.preset='apollo-130' is unknown: did you mean apollo-130m"),
+    "preset": (
+        {"optimizer": {"preset": "apollo-130"}},
+        "optimizer.preset='apollo-130' is unknown: did you mean apollo-130m",
+    ),
     "lr": ({"optimizer": {"options": {"lr": 0.1}}}, "set training.learning_rate instead"),
-    "foreign release": ({"optimizer": {"name": "adamw", "release": True}}, "optimizer.release: adamw has no such thing"),
+    "foreign release": (
+        {"optimizer": {"name": "adamw", "release": True}},
+        "optimizer.release: adamw has no such thing",
+    ),
     "preset model": ({"model": {"name": "llama-9m", "weights": "pretrained"}}, "a shape without weights"),
 }
 

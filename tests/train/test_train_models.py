@@ -9,7 +9,7 @@ from training_runs import config_of
 from insitu.diagnostics.skeleton import skeleton
 from insitu.train.fields import ConfigError
 from insitu.train.models import ModelConfig, build, check_fits, shape_of
-from insitu.train.run import prepare
+from insitu.train.prepare import prepare
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_model_from_scratch_has_the_tokenizers_vocabulary_and_the_options() ->
     assert shape_of(ModelConfig(name="llama-9m", options={"vocab_size": 512}), 300).vocab_size == 512
     with pytest.raises(ConfigError, match="the tokenizer has 300 tokens"):
         shape_of(ModelConfig(name="llama-9m", options={"vocab_size": 299}), 300)
-    with pytest.raises(ConfigError, match="model.options.num_hiden_layers is unknown: did you mean num_hidden_layers"):
+    with pytest.raises(ConfigError, match=r"model.options.num_hiden_layers is unknown: did you mean num_hidden_layers"):
         shape_of(ModelConfig(name="llama-9m", options={"num_hiden_layers": 1}), 300)
 
 
@@ -65,14 +65,14 @@ def test_a_run_refuses_a_tokenizer_that_is_not_the_models(tmp_path: Path) -> Non
     given = {"name": str(tmp_path / "model"), "options": {}}
     with pytest.raises(ConfigError, match="the tokenizer has 280 tokens and the model knows 270"):
         prepare(config_of(tmp_path, model=given))
-    with pytest.raises(ConfigError, match="has no tokenizer: give data.tokenizer.path"):
+    with pytest.raises(ConfigError, match=r"has no tokenizer: give data.tokenizer.path"):
         prepare(config_of(tmp_path, model=given, data={"tokenizer": None}))
 
 
 def test_names_of_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model 'no/such-model': its config cannot be had"):
         prepare(config_of(tmp_path, model={"name": "no/such-model", "options": {}}))
-    with pytest.raises(ConfigError, match="is a shape and has no tokenizer: give data.tokenizer.vocab_size"):
+    with pytest.raises(ConfigError, match=r"is a shape and has no tokenizer: give data.tokenizer.vocab_size"):
         prepare(config_of(tmp_path, data={"tokenizer": None}))
-    with pytest.raises(ConfigError, match="model.options change the shape"):
+    with pytest.raises(ConfigError, match=r"model.options change the shape"):
         ModelConfig(name="some/model", options={"num_hidden_layers": 2})

@@ -13,7 +13,7 @@ import insitu
 from insitu.optim.quantized import Int8Weight
 from insitu.train.fields import ConfigError
 from insitu.train.optimizers import OptimizerConfig, class_and_kwargs, fill_from_preset
-from insitu.train.run import prepare
+from insitu.train.prepare import prepare
 
 NAMES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"options": {}}),
@@ -37,7 +37,9 @@ def test_every_optimizer_trains_by_its_name(name: str, tmp_path: Path) -> None:
     run = trained(tmp_path, optimizer={"name": name, **section}, training=short)
     optimizer = run.trainer.optimizer.optimizer
     assert type(optimizer) is kind
-    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}  # it has matrices alone
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {
+        0.1
+    }  # it has matrices alone
     found = losses(tmp_path / "out")
     assert len(found) == 8
     assert found[-1] < found[0] - 0.1
@@ -54,7 +56,9 @@ def test_every_optimizer_trains_by_its_name(name: str, tmp_path: Path) -> None:
 def test_release_is_the_plain_run_bit_for_bit_and_refuses_clipping(tmp_path: Path) -> None:
     free = {"max_steps": 6, "save_strategy": "no", "max_grad_norm": 0.0}
     plain = trained(tmp_path, training=free)
-    released = trained(tmp_path, optimizer={"release": True}, training={**free, "output_dir": str(tmp_path / "released")})
+    released = trained(
+        tmp_path, optimizer={"release": True}, training={**free, "output_dir": str(tmp_path / "released")}
+    )
     for p, q in zip(plain.trainer.model.parameters(), released.trainer.model.parameters(), strict=True):
         assert torch.equal(p, q)
     with pytest.raises(ConfigError, match=r"optimizer.release .* set training.max_grad_norm=0 \(it is 1\)"):
@@ -99,5 +103,5 @@ def test_what_is_no_optimizer_is_refused(tmp_path: Path) -> None:
             class_and_kwargs(OptimizerConfig(name=name), args)
     with pytest.raises(ConfigError, match="optimizer: unexpected option rnk=3"):
         prepare(config_of(tmp_path, optimizer={"options": {"rnk": 3}}))
-    with pytest.raises(ConfigError, match="optimizer.int8: apollo-qn does not train int8 weights"):
+    with pytest.raises(ConfigError, match=r"optimizer.int8: apollo-qn does not train int8 weights"):
         OptimizerConfig(name="apollo-qn", int8=True)

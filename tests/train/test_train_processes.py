@@ -10,7 +10,7 @@ import torch
 from training_runs import config_of, losses, write_texts
 from transformers import AutoModelForCausalLM
 
-from insitu.train.run import prepare
+from insitu.train.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_texts(found)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).parent / "training_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(found)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(found),
+    ]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert told.returncode == 0, told.stderr[-4000:]
     model = {"options": {**config_of(found).model.options, "dropout": 0.0}}

@@ -18,7 +18,7 @@ from training_runs import config_of, content, losses, trained
 from insitu.data.messages import DataError
 from insitu.train import checkpoints
 from insitu.train.fields import ConfigError
-from insitu.train.run import prepare
+from insitu.train.prepare import prepare
 
 _DRIVER = Path(__file__).parent / "training_kills.py"
 
@@ -129,7 +129,9 @@ def test_a_checkpoint_that_lost_a_file_is_passed_over_and_said(
     with (out / "checkpoint-8" / "model.safetensors").open("ab") as file:
         file.write(b"x")
     assert checkpoints.newest(out) is None
-    with pytest.raises(ConfigError, match="checkpoint-8 cannot be resumed: model.safetensors is missing or has another size"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-8 cannot be resumed: model.safetensors is missing or has another size"
+    ):
         prepare(config_of(tmp_path, training={"resume_from_checkpoint": str(out / "checkpoint-8")}))
     shutil.rmtree(out / "checkpoint-8")
     trained(tmp_path, resume=True)
@@ -149,12 +151,8 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
             prepare(config_of(tmp_path, **changes), resume=True)
     text = tmp_path / "prose.jsonl"
     text.write_text(text.read_text() + json.dumps({"text": "a stone in the river"}) + "\n")
-    config = config_of(tmp_path, data={"tokenizer": {"path": str(tmp_path / "out")}})
-    del config.data.tokenizer.vocab_size
-    with pytest.raises(DataError, match="trained on other text or with another tokenizer: prose"):
-        config.data.tokenizer.vocab_size = 280
-        config.data.tokenizer.path = None
-        prepare(config, resume=True)
+    with pytest.raises(DataError, match=r"trained on other text or with another tokenizer: .*prose"):
+        prepare(config_of(tmp_path), resume=True)
 
 
 def test_the_tensors_of_a_checkpoint_must_be_the_models(tmp_path: Path) -> None:
@@ -163,7 +161,7 @@ def test_the_tensors_of_a_checkpoint_must_be_the_models(tmp_path: Path) -> None:
     checkpoints.check_weights(found, run.trainer.model)
     model = run.trainer.model
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="is of another model: it has no extra.weight"):
+    with pytest.raises(ConfigError, match=r"is of another model: it has no extra.weight"):
         checkpoints.check_weights(found, model)
     del model.extra
     model.lm_head = torch.nn.Linear(32, 281, bias=False)

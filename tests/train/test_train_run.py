@@ -17,7 +17,7 @@ from insitu.live.engines.embedded import EmbeddedEngine
 from insitu.train import checkpoints, disk
 from insitu.train.engine import TrainingError
 from insitu.train.fields import ConfigError
-from insitu.train.run import prepare
+from insitu.train.prepare import prepare
 
 LLAMA = {
     "name": "llama-9m",
@@ -100,7 +100,12 @@ def test_accumulation_is_the_larger_batch(tmp_path: Path) -> None:
 
 
 def test_a_best_checkpoint_is_kept_and_known_by_its_final_name(tmp_path: Path) -> None:
-    changes = {"eval_strategy": "steps", "eval_steps": 4, "save_total_limit": 1, "metric_for_best_model": "eval_prose_loss"}
+    changes = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_total_limit": 1,
+        "metric_for_best_model": "eval_prose_loss",
+    }
     run = trained(tmp_path, training={**changes, "learning_rate": 3e-2, "load_best_model_at_end": True})
     best = run.trainer.state.best_model_checkpoint
     assert best == str(tmp_path / "out" / f"checkpoint-{run.trainer.state.best_global_step}")
@@ -112,7 +117,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(tmp_path: Path) -> None:
     run = prepare(config_of(tmp_path))
     with torch.no_grad():
         next(run.trainer.model.parameters()).fill_(float("nan"))
-    with pytest.raises((TrainingError, ValueError), match="loss is nan|not finite"):
+    with pytest.raises((TrainingError, ValueError), match=r"loss is nan|not finite"):
         run.train()
 
 
@@ -151,7 +156,9 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path, monkeyp
         free = needed - 1
 
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(ConfigError, match=r"free and the run needs .*: 3 checkpoints of .* set training.save_total_limit"):
+    with pytest.raises(
+        ConfigError, match=r"free and the run needs .*: 3 checkpoints of .* set training.save_total_limit"
+    ):
         prepare(config_of(tmp_path))
     Usage.free = needed
     prepare(config_of(tmp_path))

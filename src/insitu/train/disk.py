@@ -37,7 +37,7 @@ def check_room(output_dir: Path, weights: int, state: int, args: Any, max_steps:
         ConfigError: with what is needed and what is free.
     """
     strategy = getattr(args.save_strategy, "value", args.save_strategy)
-    each = weights if args.save_only_model and not state else weights + state
+    each = weights + state
     count = 0
     if strategy == "steps":
         every = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * max_steps))
@@ -50,8 +50,8 @@ def check_room(output_dir: Path, weights: int, state: int, args: Any, max_steps:
     needed, free = count * each + weights, shutil.disk_usage(output_dir).free
     if needed > free:
         raise ConfigError(
-            f"training.output_dir={output_dir} has {_told(free)} free and the run needs {_told(needed)}: {count} checkpoints of "
-            f"{_told(each)}, and the final weights; set training.save_total_limit, save less often, or make room"
+            f"training.output_dir={output_dir} has {_told(free)} free and the run needs {_told(needed)}: {count} checkpoints "
+            f"of {_told(each)}, and the final weights; set training.save_total_limit, save less often, or make room"
         )
 
 

@@ -1,7 +1,8 @@
-"""Hugging Face's Trainer, and what it has no hook for: data that goes on where it was, checkpoints that are whole, sharded state.
+"""Hugging Face's Trainer, and what it has no hook for: data that goes on where it was, whole checkpoints, sharded state.
 
-The loop, the schedule, accumulation, evaluation, DDP and the reports are Trainer's. Overridden here are the training data's loader,
-the log (tokens per second), a step's loss (kept, for the bandit and the journal), and how a checkpoint is written and read.
+The loop, the schedule, accumulation, evaluation, DDP and the reports are Trainer's. Overridden here are the training data's
+loader, the log (tokens per second), a step's loss (kept, for the bandit and the journal), and how a checkpoint is written and
+read.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ from insitu.train import checkpoints
 from insitu.train.journal import NAME, Journal
 
 log = logging.getLogger("insitu.train")
-
-_SHARDED = "optimizer_sharded"
 
 
 class TrainingError(RuntimeError):
@@ -58,7 +57,7 @@ class Engine(Trainer):  # type: ignore[misc]
     # Data
 
     def get_train_dataloader(self) -> Any:
-        """A stream gives each rank its own part and each step its own sequences: accelerate must not divide it or draw ahead."""
+        """A stream gives each rank its part and each step its own sequences: accelerate must not divide it or draw ahead."""
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         # A generator of its own: an iterator draws its seed when it is made, and a resumed run makes one more.
@@ -127,7 +126,9 @@ class Engine(Trainer):  # type: ignore[misc]
             if self.state.best_model_checkpoint == str(partial):
                 self.state.best_model_checkpoint = str(output_dir / name)
                 self.state.save_to_json(str(partial / "trainer_state.json"))
-            checkpoints.complete(partial, output_dir / name, {**self._record, **self._position(), "pending_loss": pending})
+            checkpoints.complete(
+                partial, output_dir / name, {**self._record, **self._position(), "pending_loss": pending}
+            )
             checkpoints.rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -142,7 +143,7 @@ class Engine(Trainer):  # type: ignore[misc]
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         state = get_optimizer_state_dict(self.model, self.optimizer.optimizer)
-        dcp.save({"optimizer": state}, checkpoint_id=directory / _SHARDED)
+        dcp.save({"optimizer": state}, checkpoint_id=directory / checkpoints.SHARDED)
         self._save_rng_state(str(directory))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), directory / "scheduler.pt")
@@ -160,16 +161,18 @@ class Engine(Trainer):  # type: ignore[misc]
 
         optimizer = self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(self.model, optimizer)}
-        dcp.load(state, checkpoint_id=Path(checkpoint) / _SHARDED)
+        dcp.load(state, checkpoint_id=Path(checkpoint) / checkpoints.SHARDED)
         set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state["optimizer"])
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def restore_log(self, checkpoint: Path) -> None:
-        """Go on with the mean of the steps since the last log line, so that the next line is that of the run without a break."""
+        """Go on with the sum since the last log line, so that the next line is that of the run without a break."""
         pending = json.loads((checkpoint / checkpoints.RECORD).read_text())["pending_loss"]
         if len(pending) == self.args.world_size:
             self._tr_loss += pending[self.args.process_index]
-            self._total_loss_scalar -= sum(pending) / len(pending)  # the mean that the end tells is of this call's steps
+            self._total_loss_scalar -= sum(pending) / len(
+                pending
+            )  # the mean that the end tells is of this call's steps
             history = [entry["step"] for entry in self.state.log_history if "loss" in entry]
             self._globalstep_last_logged = history[-1] if history else 0
 
@@ -199,8 +202,8 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         loss = engine.mean_loss()
         if not math.isfinite(loss):
             raise TrainingError(
-                f"step {step}: the training loss is {loss}; lower training.learning_rate, or warm up longer, and go on from the "
-                "last checkpoint with --resume"
+                f"step {step}: the training loss is {loss}; lower training.learning_rate, or warm up longer, and go on from "
+                "the last checkpoint with --resume"
             )
         if self._journal is not None:
             self._journal.append(step, loss, self._rate)

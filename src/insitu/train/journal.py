@@ -64,5 +64,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             rows.append({"step": int(row["step"]), "loss": row["loss"], "learning_rate": row["learning_rate"]})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is no row of step, loss and learning_rate ({error}); move the file away") from error
+            raise ValueError(
+                f"{path}:{number} is no row of step, loss and learning_rate ({error}); move the file away"
+            ) from error
     return rows

@@ -15,28 +15,41 @@ PRESETS = (*LLAMAS, *GPTS)
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The ``model`` section.
+    """The ``model`` section."""
 
-    Args:
-        name: a preset (llama-9m to llama-13b, andrea-tiny, andrea-12m, ...), a directory, or a Hub id. What exists as a directory is
-            one.
-        weights: pretrained (of a directory or Hub id) or scratch (drawn from the run's seed); presets are always scratch.
-        options: laid over the model's config, such as num_hidden_layers. Only for weights from scratch.
-        fsdp_size: processes that the weights are sharded over (FSDP2, by Transformers); 1 does not shard.
-    """
-
-    name: str
-    weights: Literal["pretrained", "scratch"] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    fsdp_size: int = 1
+    name: str = field(
+        metadata={
+            "help": "A preset (llama-9m to llama-13b, andrea-tiny to andrea-480m), a directory, or a Hub id. What exists as a "
+            "directory is one."
+        }
+    )
+    weights: Literal["pretrained", "scratch"] | None = field(
+        default=None,
+        metadata={
+            "help": "pretrained: those of the directory or Hub id, which is the default for them. scratch: drawn from "
+            "training.seed, always so for presets."
+        },
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Laid over the model's config, such as num_hidden_layers; for weights from scratch."},
+    )
+    fsdp_size: int = field(
+        default=1,
+        metadata={"help": "Processes that the weights are sharded over (FSDP2, by Transformers); 1 does not shard."},
+    )
 
     def __post_init__(self) -> None:
         if self.weights is None:
             self.weights = "scratch" if self.is_preset else "pretrained"
         if self.is_preset and self.weights == "pretrained":
-            raise ConfigError(f"model.weights=pretrained: the preset {self.name} is a shape without weights; use scratch")
+            raise ConfigError(
+                f"model.weights=pretrained: the preset {self.name} is a shape without weights; use scratch"
+            )
         if self.options and self.weights == "pretrained":
-            raise ConfigError("model.options change the shape, which pretrained weights have already; use weights: scratch")
+            raise ConfigError(
+                "model.options change the shape, which pretrained weights have already; use weights: scratch"
+            )
         if self.fsdp_size < 1:
             raise ConfigError(f"model.fsdp_size={self.fsdp_size}: expected the number of processes to shard over, or 1")
 
@@ -46,7 +59,7 @@ class ModelConfig:
 
 
 def shape_of(config: ModelConfig, vocabulary: int | None = None) -> Any:
-    """The Transformers config of the model, with ``options`` laid over it. A model from scratch has the tokenizer's ``vocabulary``.
+    """The Transformers config of the model, ``options`` laid over it. A model from scratch has the tokenizer's ``vocabulary``.
 
     Raises:
         ConfigError: no such model, an option that its config does not have, shapes that Transformers refuses.
@@ -61,11 +74,10 @@ def shape_of(config: ModelConfig, vocabulary: int | None = None) -> Any:
             if key not in known:
                 raise ConfigError(f"model.options.{key} is unknown{nearest(key, known)}")
         overlay = dict(config.options)
-        if vocabulary is not None:
-            if overlay.setdefault("vocab_size", vocabulary) < vocabulary:
-                raise ConfigError(
-                    f"model.options.vocab_size={overlay['vocab_size']}: the tokenizer has {vocabulary} tokens; leave it out"
-                )
+        if vocabulary is not None and overlay.setdefault("vocab_size", vocabulary) < vocabulary:
+            raise ConfigError(
+                f"model.options.vocab_size={overlay['vocab_size']}: the tokenizer has {vocabulary} tokens; leave it out"
+            )
         if "hidden_size" in overlay and hasattr(shape, "word_embed_proj_dim"):
             overlay.setdefault("word_embed_proj_dim", overlay["hidden_size"])
         try:
@@ -87,13 +99,13 @@ def check_fits(shape: Any, vocabulary: int, sequence_length: int) -> None:
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ConfigError(
-            f"data.sequence_length={sequence_length}: the model has {positions} positions; shorten the sequences, or train one from "
-            "scratch with model.options.max_position_embeddings"
+            f"data.sequence_length={sequence_length}: the model has {positions} positions; shorten the sequences, or train one "
+            "from scratch with model.options.max_position_embeddings"
         )
     if vocabulary > text.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {vocabulary} tokens and the model knows {text.vocab_size}: they do not belong together; take the "
-            "model's own tokenizer (data.tokenizer.path), or train the model from scratch (model.weights: scratch)"
+            f"the tokenizer has {vocabulary} tokens and the model knows {text.vocab_size}: they do not belong together; take "
+            "the model's own tokenizer (data.tokenizer.path), or train the model from scratch (model.weights: scratch)"
         )
 
 

@@ -1,7 +1,7 @@
 """The optimizer of a run, by name: this package's, torch's AdamW, or any class of torch by its import path.
 
-Learning rate, weight decay, betas and eps are the training arguments' (``training.learning_rate``, ``adam_beta1``, ...); what is an
-optimizer's own (rank, refresh, ...) is in ``options``. A preset brings both, and what a file says itself wins over it.
+Learning rate, weight decay, betas and eps are the training arguments' (``training.learning_rate``, ``adam_beta1``, ...); what
+is an optimizer's own (rank, refresh, ...) is in ``options``. A preset brings both, and what a file says itself wins over it.
 """
 
 from __future__ import annotations
@@ -20,29 +20,36 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # Traini
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The ``optimizer`` section.
+    """The ``optimizer`` section."""
 
-    Args:
-        name: adamw (torch's, fused), apollo, apollo-mini, q-apollo, q-apollo-mini (int8 weights), apollo-qn, apollo-qnw, or the import
-            path of a class, such as torch.optim.SGD.
-        preset: a published recipe (:data:`insitu.optim.presets.PRESETS`): options, and the learning rate where the file has none.
-        options: of the optimizer, such as rank.
-        release: update in the backward pass and free each gradient (:class:`insitu.GradientRelease`).
-        int8: train int8 weights (:func:`insitu.quantize`); q-apollo does.
-        group_size: elements of a row that share a scale in int8 weights; null for the whole row.
-    """
-
-    name: str = "apollo"
-    preset: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    release: bool = False
-    int8: bool = False
-    group_size: int | None = 128
+    name: str = field(
+        default="apollo",
+        metadata={
+            "help": "adamw (torch's, fused), apollo, apollo-mini, q-apollo, q-apollo-mini (int8 weights), apollo-qn, "
+            "apollo-qnw, or the import path of a class, such as torch.optim.SGD."
+        },
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "A published recipe, such as apollo-130m: options, and training arguments where the file has none."
+        },
+    )
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Of the optimizer, such as rank."})
+    release: bool = field(
+        default=False,
+        metadata={"help": "Update in the backward pass and free each gradient; needs training.max_grad_norm 0."},
+    )
+    int8: bool = field(default=False, metadata={"help": "Train int8 weights, as q-apollo does."})
+    group_size: int | None = field(
+        default=128,
+        metadata={"help": "Elements of a row that share a scale in int8 weights; null for the whole row."},
+    )
 
     def __post_init__(self) -> None:
         if self.name not in NAMES and "." not in self.name:
             raise ConfigError(
-                f"optimizer.name={self.name!r} is unknown{nearest(self.name, NAMES)} (or an import path such as torch.optim.SGD)"
+                f"optimizer.name={self.name!r} is unknown{nearest(self.name, NAMES)} (or an import path, torch.optim.SGD)"
             )
         if self.name.startswith("q-"):
             self.int8 = True
@@ -53,7 +60,9 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.int8: {self.name} does not train int8 weights; expected q-apollo or apollo")
         if self.preset is not None:
             if not self.name.removeprefix("q-").startswith("apollo") or self.name.startswith("apollo-qn"):
-                raise ConfigError(f"optimizer.preset={self.preset!r}: {self.name} has none; expected apollo or q-apollo")
+                raise ConfigError(
+                    f"optimizer.preset={self.preset!r}: {self.name} has none; expected apollo or q-apollo"
+                )
             _preset(self.preset)
         for key in ("lr", "weight_decay"):
             if key in self.options:
@@ -62,7 +71,7 @@ class OptimizerConfig:
 
 
 def fill_from_preset(config: OptimizerConfig, training: dict[str, Any]) -> None:
-    """Put a preset's numbers where the file has none: learning rate, decay and Adam's into ``training``, the rest into options."""
+    """Put a preset's numbers where the file has none: rate, decay and Adam's into ``training``, the rest into ``options``."""
     if config.preset is None:
         return
     found = _preset(config.preset)
@@ -76,12 +85,11 @@ def fill_from_preset(config: OptimizerConfig, training: dict[str, Any]) -> None:
     }
     for key, value in arguments.items():
         training.setdefault(key, value)
-    if config.name.endswith("-mini"):
-        if found.pop("rank") != 1:
-            raise ConfigError(
-                f"optimizer.preset={config.preset!r} is not of rank 1, as {config.name} is: "
-                f"expected a preset with mini in its name, or optimizer.name={config.name.removesuffix('-mini')}"
-            )
+    if config.name.endswith("-mini") and found.pop("rank") != 1:
+        raise ConfigError(
+            f"optimizer.preset={config.preset!r} is not of rank 1, as {config.name} is: expected a preset with mini in its "
+            f"name, or optimizer.name={config.name.removesuffix('-mini')}"
+        )
     config.options = {**found, **config.options}
 
 

@@ -1,28 +1,26 @@
-"""A run from its configuration: everything checked that can be before the first step, then Trainer, then the files to serve."""
+"""A run that is ready: it trains to the end, writes the files to serve, and draws its curves."""
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from insitu.data.durable import fsync, sync
-from insitu.train import checkpoints, disk, models, optimizers, plots, precision
+from insitu.data.durable import write_text
+from insitu.train import final, optimizers, plots
 from insitu.train.config import TrainConfig
-from insitu.train.fields import ConfigError
+from insitu.train.engine import TrainingError
 
 log = logging.getLogger("insitu.train")
 
-_CACHE = "data"  # under output_dir: tokens and a tokenizer trained on them
+EVALUATION = "evaluation.json"
 
 
 @dataclass
 class Run:
-    """A run that is ready to begin: its trainer, and the checkpoint that it goes on from."""
+    """A run of the engine, and the checkpoint that it goes on from. :func:`insitu.train.prepare.prepare` makes it."""
 
     config: TrainConfig
     trainer: Any
@@ -31,258 +29,71 @@ class Run:
     step: int  # that the run begins after
 
     def train(self) -> Path:
-        """Train to the end, write the final weights into ``output_dir`` and plot; returns ``output_dir``."""
+        """Train to the end and write the final weights into ``output_dir``; returns ``output_dir``.
+
+        Raises:
+            TrainingError: the loss is not finite, or the monitor stopped the run; no final weights are written then.
+        """
         args = self.trainer.args
         output_dir = Path(args.output_dir)
-        if args.max_steps > 0 and self.step >= args.max_steps:
+        if self.resume is not None and 0 < args.max_steps <= self.step:
             log.info("%s is the end of the run: nothing is left to train", self.resume)
-            if self.resume is not None:
-                self.trainer._load_from_checkpoint(str(self.resume))
+            self.trainer._load_from_checkpoint(str(self.resume))
         else:
             if self.resume is not None:
                 log.info("going on from %s", self.resume)
-            self.trainer.train(resume_from_checkpoint=str(self.resume) if self.resume is not None else None)
-        self._save(output_dir)
+            self.trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
         if self.trainer.is_world_process_zero():
             plots.draw(output_dir, self.trainer.train_dataset)
+        _refuse_stopped(self.trainer)
+        final.save(self.trainer, output_dir)
+        _evaluate(self.config, self.trainer, self.tokenizer, output_dir)
         return output_dir
 
-    def _save(self, output_dir: Path) -> None:
-        """The trained model as `insitu serve` and vLLM load it: written beside, then moved file by file, config.json last."""
-        beside = output_dir / checkpoints.PARTIAL / "final"
-        writes = self.trainer.args.should_save
-        if writes and beside.exists():
-            shutil.rmtree(beside)
-        self.trainer.accelerator.wait_for_everyone()
-        with _float_weights(self.trainer.model) as state:
-            self.trainer._save(str(beside), state_dict=state) if state else self.trainer.save_model(str(beside))
-        self.trainer.accelerator.wait_for_everyone()
-        if not writes:
-            return
-        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        sync(beside)
-        (output_dir / "config.json").unlink(missing_ok=True)  # without it nobody loads a mixture of old and new
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-            target = output_dir / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.rename(target)
-        fsync(output_dir)
-        shutil.rmtree(output_dir / checkpoints.PARTIAL)
 
+@dataclass
+class PreferenceRun:
+    """A run of TRL's DPO trainer, which writes checkpoints in its own way."""
 
-def prepare(config: TrainConfig, *, resume: bool = False) -> Run:
-    """Make the run of ``config``; nothing is trained. Under torchrun every process calls it.
+    config: TrainConfig
+    model: Any
+    tokenizer: Any
+    overrides: dict[str, Any]
+    callbacks: list[Any]
+    trainer: Any = None
 
-    Args:
-        config: :func:`insitu.train.config.load`.
-        resume: go on from the newest complete checkpoint in the output directory; from the start where there is none, which is
-            said. ``training.resume_from_checkpoint`` names one instead.
+    def train(self) -> Path:
+        """As :meth:`Run.train`."""
+        from insitu.train.preferences import run_dpo
 
-    Raises:
-        ConfigError, ValueError: what is wrong with configuration, data, model, checkpoint or disk, before the first step.
-    """
-    optimizers.fill_from_preset(config.optimizer, config.training)
-    args = _arguments(config, {})
-    output_dir = Path(args.output_dir)
-    if config.kind == "pretrain" and args.max_steps < 1:
-        raise ConfigError("training.max_steps is missing: the text has no end, so expected the number of steps to train")
-    if args.dataloader_num_workers and config.kind == "pretrain":
-        raise ConfigError(
-            f"training.dataloader_num_workers={args.dataloader_num_workers}: expected 0; the text is tokens on disk by then, and "
-            "losses would not reach other processes"
+        training = {**self.config.training, **self.overrides}
+        self.trainer = run_dpo(
+            self.config.sft,
+            self.model,
+            self.tokenizer,
+            training,
+            optimizer=lambda args: optimizers.class_and_kwargs(self.config.optimizer, args),
+            callbacks=self.callbacks,
+            resume_from_checkpoint=training.get("resume_from_checkpoint"),
         )
-    if config.model.fsdp_size not in (1, args.world_size):
-        raise ConfigError(
-            f"model.fsdp_size={config.model.fsdp_size} with {args.world_size} processes: expected 1 or all of them; start with "
-            f"torchrun --nproc-per-node {config.model.fsdp_size}"
-        )
-    if config.optimizer.release and args.max_grad_norm > 0:
-        raise ConfigError(
-            f"optimizer.release frees each gradient before their norm is known: set training.max_grad_norm=0 (it is "
-            f"{args.max_grad_norm:g}); APOLLO's limiter bounds the updates"
-        )
-    found, step = _checkpoint(args, output_dir, resume)
-    record = checkpoints.read(found) if found is not None else None
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    described = config.as_dict()
-    if found is not None and record is not None:
-        checkpoints.check_same(found, record, described, sequences)
-
-    tokenizer = _tokenizer(config, output_dir)
-    shape = models.shape_of(config.model, len(tokenizer))
-    models.check_fits(shape, len(tokenizer), config.data.sequence_length if config.data is not None else 0)
-    start = found if config.model.fsdp_size > 1 else None
-    model = models.build(config.model, shape, args.seed, start, output_dir / checkpoints.PARTIAL / "initial")
-    overrides = precision.apply(config.precision, model, device=args.device.type)
-    optimizers.prepare_weights(config.optimizer, model)
-    if any(overrides.values()):
-        args = _arguments(config, overrides)
-    if found is not None:
-        args.resume_from_checkpoint = str(found)
-        if config.model.fsdp_size == 1:
-            checkpoints.check_weights(found, model)
-
-    data = _data(config, args, tokenizer, model, output_dir, sequences)
-    if record is not None and record["data"] is not None:
-        data["train_dataset"].load_state_dict(record["data"])
-        args.ignore_data_skip = True  # the stream goes on from its state
-    trainer = _trainer(config, args, model, tokenizer, data, {"config": described, "sequences_per_step": sequences})
-    _check_disk(trainer, output_dir, step)
-    return Run(config, trainer, tokenizer, found, step)
+        output_dir = Path(self.trainer.args.output_dir)
+        _refuse_stopped(self.trainer)
+        final.save(self.trainer, output_dir)
+        _evaluate(self.config, self.trainer, self.tokenizer, output_dir)
+        return output_dir
 
 
-def _arguments(config: TrainConfig, overrides: dict[str, Any]) -> Any:
-    from transformers import TrainingArguments
-
-    given = dict(config.training)
-    if config.model.fsdp_size > 1:
-        # Trainer refuses to save the rest for a model sharded while loading; the engine saves it.
-        given["save_only_model"] = True
-    try:
-        return TrainingArguments(**given, **overrides)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"training: {error}") from error
+def _refuse_stopped(trainer: Any) -> None:
+    for callback in trainer.callback_handler.callbacks:
+        if (reason := getattr(callback, "stopped", None)) is not None:
+            raise TrainingError(reason)
 
 
-def _checkpoint(args: Any, output_dir: Path, resume: bool) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, and its step; the output directory is made ready for it, by one process."""
-    found: Path | None = None
-    if args.resume_from_checkpoint is not None:
-        found = Path(args.resume_from_checkpoint)
-    elif resume:
-        found = checkpoints.newest(output_dir)
-        if found is None:
-            log.warning("%s has no checkpoint to go on from: starting at step 1", output_dir)
-    step = int(checkpoints.read(found)["step"]) if found is not None else 0
-    if not (resume and found is None):
-        checkpoints.check_directory(output_dir, found, step)
-    with args.main_process_first(local=args.save_on_each_node):
-        if args.should_save:
-            try:
-                output_dir.mkdir(parents=True, exist_ok=True)
-                checkpoints.clean(output_dir)
-            except OSError as error:
-                raise ConfigError(f"training.output_dir={output_dir} cannot be written: {error}") from error
-    return found, step
-
-
-def _tokenizer(config: TrainConfig, output_dir: Path) -> Any:
-    """The data's tokenizer where it names one, else the model's own."""
-    from transformers import AutoTokenizer
-
-    if config.data is not None and config.data.tokenizer is not None:
-        from insitu.data.tokenizer import make_tokenizer
-
-        return make_tokenizer(config.data, output_dir / _CACHE)
-    if config.model.is_preset:
-        way_out = (
-            "give data.tokenizer.vocab_size to train one on the text, or data.tokenizer.path"
-            if config.kind == "pretrain"
-            else "fine-tune a directory that pretraining wrote, or a Hub id"
-        )
-        raise ConfigError(f"model.name={config.model.name} is a shape and has no tokenizer: {way_out}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(config.model.name).expanduser())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name={config.model.name}: its tokenizer cannot be loaded ({error})") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # Of a directory without one Transformers makes an empty one of the model's family.
-        raise ConfigError(f"model.name={config.model.name} has no tokenizer: give data.tokenizer.path, or put its files there")
-    return tokenizer
-
-
-def _data(
-    config: TrainConfig, args: Any, tokenizer: Any, model: Any, output_dir: Path, sequences: int
-) -> dict[str, Any]:
-    """Trainer's data arguments."""
-    if config.sft is not None:
-        from insitu.train.sft import make_sft
-
-        train, evaluation, collator = make_sft(config.sft, tokenizer, model)
-        return {"train_dataset": train, "eval_dataset": evaluation, "data_collator": collator}
-    from insitu.data.mixture import make_mixture
-
-    mixture, validation = make_mixture(
-        config.data,
-        tokenizer,
-        config.data.sequence_length,
-        args.seed if args.data_seed is None else args.data_seed,
-        cache=output_dir / _CACHE,
-        sequences_per_step=sequences,
-        rank=args.process_index,
-        world_size=args.world_size,
-    )
-    if mixture.steps is not None and mixture.steps < args.max_steps:
-        raise ConfigError(
-            f"training.max_steps={args.max_steps}: the sources' max_epochs allow {mixture.steps} steps of {sequences} sequences; "
-            "train fewer steps, raise max_epochs, or add text"
-        )
-    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
-    if strategy != "no" and not validation:
-        raise ConfigError(
-            f"training.eval_strategy={strategy}: no source has a validation document; raise data.validation (it is "
-            f"{config.data.validation:g}) or set eval_strategy to no"
-        )
-    return {"train_dataset": mixture, "eval_dataset": validation or None}
-
-
-def _trainer(
-    config: TrainConfig, args: Any, model: Any, tokenizer: Any, data: dict[str, Any], record: dict[str, Any]
-) -> Any:
-    from insitu.train.engine import Engine
-
-    callbacks: list[Any] = precision.callbacks(config.precision, model)
-    if config.monitor.every > 0:
-        from insitu.train.monitor import SampleMonitor
-
-        callbacks.append(SampleMonitor(config.monitor, tokenizer))
-    trainer = Engine(
-        record=record,
-        moments=_moments(config),
-        model=model,
-        args=args,
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizers.class_and_kwargs(config.optimizer, args),
-        callbacks=callbacks,
-        **data,
-    )
-    if config.optimizer.release:
-        from insitu.train.release import Release
-
-        trainer.add_callback(Release(trainer))
-    return trainer
-
-
-def _moments(config: TrainConfig) -> Callable[[Any], None]:
-    from insitu.train.moments import store_moments
-
-    return lambda optimizer: store_moments(optimizer, config.precision.moments)
-
-
-def _check_disk(trainer: Any, output_dir: Path, step: int) -> None:
-    """Make the optimizer, so that its options are checked before the first step, and see whether its checkpoints fit."""
-    try:
-        optimizer = trainer.create_optimizer()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {error}") from error
-    weights, state = disk.checkpoint_bytes(trainer.model, optimizer)
-    kept = len(checkpoints.steps_in(output_dir))
-    disk.check_room(output_dir, weights, state, trainer.args, trainer.args.max_steps, step, kept)
-
-
-@contextmanager
-def _float_weights(model: Any) -> Iterator[dict[str, Any] | None]:
-    """The state dict with int8 weights as the float ones that they stand for, which any reader knows; None without int8."""
-    from insitu.optim.quantized import Int8Weight
-
-    layers = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Int8Weight)}
-    if not layers:
-        yield None
+def _evaluate(config: TrainConfig, trainer: Any, tokenizer: Any, output_dir: Path) -> None:
+    if config.sft is None or not config.sft.evaluate or not trainer.is_world_process_zero():
         return
-    state = model.state_dict()
-    for name, module in layers.items():
-        for key in ("weight_int8", "weight_scale", "weight_group"):
-            del state[f"{name}.{key}"]
-        state[f"{name}.weight"] = module.weight.detach().dequantize()
-    yield state
+    from insitu.train.evaluation import evaluate
+
+    results = evaluate(trainer.model, tokenizer, config.sft.evaluate)
+    write_text(output_dir / EVALUATION, json.dumps(results, indent=2, default=str) + "\n")
+    log.info("%s: %s", output_dir / EVALUATION, ", ".join(sorted(results)))
