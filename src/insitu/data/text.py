@@ -139,6 +139,13 @@ def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value[column], str):
         raise DataError(f"{where}: {column!r} is {type(value[column]).__name__}; expected a string", "text_column")
     text: str = value[column]
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a character, as "\\ud800"
+            raise DataError(
+                f"{where}: {column!r} has half a character ({error.object[error.start]!r}); no text has one"
+            ) from None
     return text
 
 
