@@ -88,6 +88,7 @@ def configuration(stage: str, name: str, seed: int, told: argparse.Namespace, di
     made = _change(
         yaml.safe_load(RECIPE.read_text()),
         {"data": {"directory": str(told.data)}},
+        {"monitor": {"action": "stop", "patience": 5}},
         VARIANTS[stage][name],
         _training(
             output_dir=str(directory / "out"), max_steps=steps, seed=seed, save_strategy="steps", save_steps=max(1, steps // 6),
@@ -159,7 +160,15 @@ def train(config: dict[str, Any], directory: Path) -> float:
     begun = time.monotonic()
     with (directory / "log.txt").open("ab") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
+    samples = (
+        list(rows_of(directory / "out" / "samples.jsonl")) if (directory / "out" / "samples.jsonl").exists() else []
+    )
+    stopped = (
+        config["monitor"].get("action") != "warn"
+        and bool(samples)
+        and samples[-1]["low"] >= config["monitor"]["patience"]
+    )
+    if done.returncode and not stopped:  # a run that the monitor has stopped may say so by its exit code
         sys.exit(f"{' '.join(command)} ended with {done.returncode}; see {directory / 'log.txt'}")
     return time.monotonic() - begun
 
