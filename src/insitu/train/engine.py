@@ -36,12 +36,14 @@ class Engine(Trainer):  # type: ignore[misc]
     Args:
         record: what of the run is written into each checkpoint (:mod:`insitu.train.checkpoints`).
         moments: called with the optimizer once it is made, to say how it keeps its moments.
+        schedule: called with optimizer, warmup and steps, makes the scheduler in the place of ``lr_scheduler_type``.
         options: Trainer's own.
     """
 
-    def __init__(self, *, record: dict[str, Any], moments: Any = None, **options: Any) -> None:
+    def __init__(self, *, record: dict[str, Any], moments: Any = None, schedule: Any = None, **options: Any) -> None:
         self._record = record
         self._moments = moments
+        self._schedule = schedule
         self._writing = False
         self._step_loss: Tensor | None = None
         self._tokens = self._told_tokens = 0
@@ -77,6 +79,13 @@ class Engine(Trainer):  # type: ignore[misc]
         if made and self._moments is not None:
             self._moments(optimizer)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None and self._schedule is not None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = self._schedule(optimizer or self.optimizer, warmup, num_training_steps)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Tensor:
         self._tokens += inputs["input_ids"].numel() * self.args.world_size

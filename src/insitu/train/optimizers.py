@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from insitu.train.fields import ConfigError, nearest
 
@@ -36,6 +36,13 @@ class OptimizerConfig:
         },
     )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Of the optimizer, such as rank."})
+    schedule: Literal["trainer", "ramped-cosine"] = field(
+        default="trainer",
+        metadata={
+            "help": "trainer: training.lr_scheduler_type. ramped-cosine: the ANDREA lessons' "
+            "(insitu.optim.schedule.ramped_cosine), with training.warmup_steps."
+        },
+    )
     release: bool = field(
         default=False,
         metadata={"help": "Update in the backward pass and free each gradient; needs training.max_grad_norm 0."},

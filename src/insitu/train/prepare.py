@@ -78,8 +78,8 @@ def _check(config: TrainConfig, args: Any) -> None:
         )
     if args.push_to_hub and "checkpoint" in str(getattr(args.hub_strategy, "value", args.hub_strategy)):
         raise ConfigError(
-            f"training.hub_strategy={args.hub_strategy}: a checkpoint is renamed once it is whole, and cannot be uploaded before; "
-            "use end or every_save"
+            f"training.hub_strategy={args.hub_strategy}: a checkpoint is renamed once it is whole, and cannot be uploaded "
+            "before; use end or every_save"
         )
     if config.model.fsdp_size not in (1, args.world_size):
         raise ConfigError(
@@ -91,6 +91,15 @@ def _check(config: TrainConfig, args: Any) -> None:
             f"optimizer.release frees each gradient before their norm is known: set training.max_grad_norm=0 (it is "
             f"{args.max_grad_norm:g}); APOLLO's limiter bounds the updates"
         )
+    if config.optimizer.schedule != "trainer":
+        total = args.max_steps
+        if total < 1 or not 1 <= args.get_warmup_steps(total) < total:
+            raise ConfigError(
+                f"optimizer.schedule={config.optimizer.schedule} needs training.max_steps, and training.warmup_steps of at "
+                f"least 1 and below it; they are {total} and {args.warmup_steps:g}"
+            )
+        if "lr_scheduler_type" in config.training:
+            raise ConfigError("training.lr_scheduler_type beside optimizer.schedule: one of them makes the schedule")
     if config.sft is not None and config.sft.evaluate:
         from insitu.train.evaluation import require
 
@@ -210,6 +219,7 @@ def _preferences(config: TrainConfig, args: Any, resume: bool) -> PreferenceRun:
     for asked, what, way_out in (
         (resume, "--resume", "name a checkpoint in training.resume_from_checkpoint"),
         (config.optimizer.release, "optimizer.release", "leave it out"),
+        (config.optimizer.schedule != "trainer", "optimizer.schedule", "use training.lr_scheduler_type"),
         (config.precision.moments != "fp32", "precision.moments", "leave it at fp32"),
         (config.model.fsdp_size > 1, "model.fsdp_size", "replicate the model over the processes"),
     ):
@@ -229,11 +239,13 @@ def _preferences(config: TrainConfig, args: Any, resume: bool) -> PreferenceRun:
 def _trainer(
     config: TrainConfig, args: Any, model: Any, tokenizer: Any, data: dict[str, Any], record: dict[str, Any]
 ) -> Any:
+    from insitu.optim.schedule import ramped_cosine
     from insitu.train.engine import Engine
 
     trainer = Engine(
         record=record,
         moments=_moments(config),
+        schedule=ramped_cosine if config.optimizer.schedule == "ramped-cosine" else None,
         model=model,
         args=args,
         processing_class=tokenizer,
