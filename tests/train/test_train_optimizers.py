@@ -32,7 +32,7 @@ _ARGUMENTS = {"learning_rate": 1e-3, "weight_decay": 0.0, "adam_beta1": 0.9, "ad
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_trains_by_its_name(name: str, tmp_path: Path) -> None:
     kind, section = NAMES[name]
-    rate = {"torch.optim.SGD": 0.3, "apollo-qn": 0.3, "apollo-qnw": 0.3}.get(name, 1e-2)
+    rate = {"torch.optim.SGD": 0.3, "apollo-qn": 0.03, "apollo-qnw": 0.03}.get(name, 1e-2)
     short = {"max_steps": 8, "save_strategy": "no", "weight_decay": 0.1, "learning_rate": rate}
     run = trained(tmp_path, optimizer={"name": name, **section}, training=short)
     optimizer = run.trainer.optimizer.optimizer

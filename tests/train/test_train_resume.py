@@ -101,7 +101,7 @@ def test_a_run_killed_at_any_write_and_resumed_is_the_run_without_a_break(
     print(f"seed {seed}: killed at", end=" ")  # noqa: T201
     dice = random.Random(seed)
     resumed_from = set()
-    for _ in range(5):
+    for _ in range(2):
         fresh()
         at = dice.randrange(1, told["writes"] + 1)
         print(at, end=" ")  # noqa: T201

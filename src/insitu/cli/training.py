@@ -1,6 +1,10 @@
 """``insitu train``: language models from text (pretrain) or from chats (sft), on Hugging Face's Trainer."""
 
+import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,35 +56,44 @@ train.command(get_data)
 
 
 def _run(kind: Any, path: Path, flags: tuple[str, ...], resume: bool, dry_run: bool) -> None:
-    import logging
-    import os
-
     from insitu.train.config import load
 
-    ours = logging.getLogger("insitu")
-    if not ours.handlers:
-        ours.addHandler(logging.StreamHandler())
-        ours.handlers[0].setFormatter(logging.Formatter("insitu: %(message)s"))
+    with _told():
+        try:
+            config = load(path, flags, kind)
+            if dry_run:
+                from insitu.train.optimizers import fill_from_preset
+
+                fill_from_preset(config.optimizer, config.training)
+                print(config.as_yaml(), end="")
+                return
+            from insitu.train.prepare import prepare
+
+            run = prepare(config, resume=resume)
+        except ValueError as error:  # what is wrong with the configuration, data, model or checkpoint
+            sys.exit(f"insitu: {error}")
+        from insitu.train.engine import TrainingError
+
+        try:
+            output_dir = run.train()
+        except TrainingError as error:
+            sys.exit(f"insitu: {error}")
+    if run.trainer.is_world_process_zero():
+        print(f"trained: {output_dir}; serve it with `insitu serve {output_dir}`")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the package logs, on stderr, once for all processes."""
+    ours, handler = logging.getLogger("insitu"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("insitu: %(message)s"))
+    level, propagate = ours.level, ours.propagate
+    ours.addHandler(handler)
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     ours.propagate = False
     try:
-        config = load(path, flags, kind)
-        if dry_run:
-            from insitu.train.optimizers import fill_from_preset
-
-            fill_from_preset(config.optimizer, config.training)
-            print(config.as_yaml(), end="")
-            return
-        from insitu.train.prepare import prepare
-
-        run = prepare(config, resume=resume)
-    except ValueError as error:  # what is wrong with the configuration, data, model or checkpoint
-        sys.exit(f"insitu: {error}")
-    from insitu.train.engine import TrainingError
-
-    try:
-        output_dir = run.train()
-    except TrainingError as error:
-        sys.exit(f"insitu: {error}")
-    if run.trainer.is_world_process_zero():
-        print(f"trained: {output_dir}; serve it with `insitu serve {output_dir}`")
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        ours.propagate = propagate

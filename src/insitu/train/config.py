@@ -208,7 +208,7 @@ def _loader() -> Any:
     """A SafeLoader that reads 1e-3 as a number, as JSON and Python do; YAML 1.1 wants 1.0e-3 and gives a string."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         pass
 
     Loader.add_implicit_resolver(

@@ -81,7 +81,8 @@ class Engine(Trainer):  # type: ignore[misc]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None and self._schedule is not None:
+        made: Any = self.lr_scheduler
+        if made is None and self._schedule is not None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = self._schedule(optimizer or self.optimizer, warmup, num_training_steps)
             self._created_lr_scheduler = True
@@ -148,11 +149,11 @@ class Engine(Trainer):  # type: ignore[misc]
 
     def _save_sharded(self, directory: Path) -> None:
         """What Trainer does not save of a model that is sharded: optimizer (each rank its shard), scheduler, random state."""
-        from torch.distributed import checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         state = get_optimizer_state_dict(self.model, self.optimizer.optimizer)
-        dcp.save({"optimizer": state}, checkpoint_id=directory / checkpoints.SHARDED)
+        save({"optimizer": state}, checkpoint_id=directory / checkpoints.SHARDED)
         self._save_rng_state(str(directory))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), directory / "scheduler.pt")
@@ -165,12 +166,12 @@ class Engine(Trainer):  # type: ignore[misc]
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        from torch.distributed import checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         optimizer = self.optimizer.optimizer
         state = {"optimizer": get_optimizer_state_dict(self.model, optimizer)}
-        dcp.load(state, checkpoint_id=Path(checkpoint) / checkpoints.SHARDED)
+        load(state, checkpoint_id=Path(checkpoint) / checkpoints.SHARDED)
         set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state["optimizer"])
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
