@@ -135,6 +135,11 @@ def test_two_runs_are_the_same_and_another_seed_is_not() -> None:
     assert _train(_mixture(), 60) != _train(_mixture(seed=4), 60)
 
 
+def test_each_source_has_an_order_of_its_own() -> None:
+    orders = [tuple(stream._order(0)[0]) for stream in _mixture().streams]
+    assert len(set(orders)) == 3
+
+
 @pytest.mark.parametrize("mixture", ["bandit", "weighted"])
 def test_ranks_draw_disjoint_parts_of_the_same_steps(mixture: str) -> None:
     whole = _train(_mixture(mixture=mixture), 60)
