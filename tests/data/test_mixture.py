@@ -195,6 +195,17 @@ def test_a_run_resumes_on_another_number_of_ranks() -> None:
         second.observe(step, _loss(step, mine[0]["source"]))
 
 
+def test_a_run_goes_back_to_an_earlier_state_of_itself() -> None:
+    mixture = _mixture()
+    begun = _train(mixture, 10)
+    state = json.loads(json.dumps(mixture.state_dict(10 * S)))
+    _train(mixture, 12, start=11)
+    mixture.load_state_dict(state)
+    with pytest.raises(ValueError, match="no state before sequence 80; kept are those before 40"):
+        mixture.state_dict(20 * S)
+    assert begun + _train(mixture, 30, start=11) == _train(_mixture(), 40)
+
+
 def test_state_can_be_had_of_the_last_steps_only_and_of_whole_ones() -> None:
     mixture = _mixture()
     _train(mixture, 30, ahead=S)
