@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from insitu.data.bandit import Bandit, dice, draw, loss_reduction, upper_bounds
+from insitu.data.bandit import Bandit, dice, draw, hold_weights, loss_reduction, upper_bounds
 from insitu.data.choice import DELAY, BanditChoice
 
 losses = st.floats(min_value=1e-6, max_value=1e6)
@@ -222,6 +222,12 @@ def test_a_floor_keeps_its_share_whatever_the_reward(seed: int) -> None:
         assert with_floors[source] > 3000 * share - 4 * spread
         assert without[source] < 3000 * share / 2, "it would not have had it anyway"
     assert with_floors[0] > with_floors[3]
+
+
+def test_a_hold_is_drawn_with_the_larger_of_choice_and_floor() -> None:
+    floors, allowed = [0.5, 0.25, 0.0, 1.0], [True, True, True, False]
+    assert hold_weights(0, floors, allowed) == [1.0, 0.25, 0.0, 0.0]
+    assert hold_weights(2, floors, allowed) == [0.5, 0.25, 1.0, 0.0]
 
 
 def test_draw_lays_weights_end_to_end() -> None:

@@ -33,6 +33,6 @@ def test_the_directory_and_the_part_reach_the_set(
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="^insitu: andrea16 has no source 'wordnt'; expected wiki-vital, "):
+    with pytest.raises(SystemExit, match=r"^insitu: andrea16 has no source 'wordnt'; expected wiki-vital, "):
         _run("andrea16", "--out", str(tmp_path), "--sources", "wordnt")
     assert not any(tmp_path.iterdir())

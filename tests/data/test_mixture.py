@@ -135,6 +135,11 @@ def test_two_runs_are_the_same_and_another_seed_is_not() -> None:
     assert _train(_mixture(), 60) != _train(_mixture(seed=4), 60)
 
 
+def test_each_source_has_an_order_of_its_own() -> None:
+    orders = [tuple(stream._order(0)[0]) for stream in _mixture().streams]
+    assert len(set(orders)) == 3
+
+
 @pytest.mark.parametrize("mixture", ["bandit", "weighted"])
 def test_ranks_draw_disjoint_parts_of_the_same_steps(mixture: str) -> None:
     whole = _train(_mixture(mixture=mixture), 60)
@@ -188,6 +193,17 @@ def test_a_run_resumes_on_another_number_of_ranks() -> None:
         mine = [next(iterator) for _ in range(S // 2)]
         assert [(item["source"], item["input_ids"].tolist()) for item in mine] == whole[step - 1][1::2]
         second.observe(step, _loss(step, mine[0]["source"]))
+
+
+def test_a_run_goes_back_to_an_earlier_state_of_itself() -> None:
+    mixture = _mixture()
+    begun = _train(mixture, 10)
+    state = json.loads(json.dumps(mixture.state_dict(10 * S)))
+    _train(mixture, 12, start=11)
+    mixture.load_state_dict(state)
+    with pytest.raises(ValueError, match="no state before sequence 80; kept are those before 40"):
+        mixture.state_dict(20 * S)
+    assert begun + _train(mixture, 30, start=11) == _train(_mixture(), 40)
 
 
 def test_state_can_be_had_of_the_last_steps_only_and_of_whole_ones() -> None:

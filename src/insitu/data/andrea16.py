@@ -248,7 +248,7 @@ def get(
             _check_tools([source for source in wanted if not _is_fetched(source, directory, manifest)])
             _make_all(wanted, directory, manifest, report)
     except OSError as error:
-        raise DataError(f"{directory}: {error}; andrea16 takes about 200 MB, packages included") from error
+        raise DataError(f"{directory}: {error}; andrea16 takes about 160 MB, packages included") from error
 
 
 def _make_all(

@@ -50,6 +50,14 @@ def upper_bounds(
     ]
 
 
+def hold_weights(favourite: int, floors: Sequence[float], allowed: Sequence[bool]) -> list[float]:
+    """The weights that a hold's source is drawn with: max(1 for the favourite, 0 for others; floor), 0 where not allowed."""
+    return [
+        max(float(k == favourite), floor) if free else 0.0
+        for k, (floor, free) in enumerate(zip(floors, allowed, strict=True))
+    ]
+
+
 def draw(weights: Sequence[float], uniform: float) -> int:
     """The index in which ``uniform`` (0 <= u < 1) falls when the weights are laid end to end and scaled to 1."""
     target, reached = uniform * sum(weights), 0.0
@@ -113,8 +121,8 @@ class Bandit:
 
     def choose(self, allowed: Sequence[bool]) -> tuple[int, int]:
         """The source of the next hold and its length in steps. At least one source must be allowed."""
-        best, number = self.favourite(allowed), sum(self.holds)
-        weights = [max(float(k == best), floor) if allowed[k] else 0.0 for k, floor in enumerate(self.floors)]
+        number = sum(self.holds)
+        weights = hold_weights(self.favourite(allowed), self.floors, allowed)
         source = draw(weights, dice(self.seed, "source", number))
         hold = self.shortest + int(dice(self.seed, "hold", number) * (self.longest - self.shortest + 1))
         self.holds[source] += 1

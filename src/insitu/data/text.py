@@ -180,5 +180,8 @@ def _stream(source: SourceConfig) -> Iterator[str]:
     try:
         rows = iter(load_dataset(source.hub, source.subset, split=source.split, streaming=True))
     except (OSError, ValueError) as error:  # not found, no such subset or split, no connection
-        raise DataError(f"source {source.name}: {where} cannot be read from the Hub: {error}") from error
+        raise DataError(
+            f"source {source.name}: {where} cannot be read from the Hub: {error}; a local copy is read if data.directory or "
+            f"{ENVIRONMENT} names the directory it is in"
+        ) from error
     return (_text(row, source.text_column, where) for row in rows)

@@ -102,6 +102,9 @@ def make_tokenizer(config: DataConfig, cache: Path) -> Any:
 
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuse a tokenizer that documents cannot be packed with."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Transformers makes an empty one for a directory that has a model and no tokenizer.
+        raise DataError(f"{tokenizer.name_or_path or 'the tokenizer'} has no tokens but special ones", "data.tokenizer")
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no end-of-text token (eos_token), which "
