@@ -35,8 +35,8 @@ TAIL = 100  # steps whose mean loss is the final loss
 
 # The lesson's 2,000 of 200,000 steps: a hundredth of the run.
 _V2 = {
-    "optimizer": {"name": "adamw"},
-    "training": {"weight_decay": 0.01, "max_grad_norm": 1.0, "warmup_steps": 0.01, "lr_scheduler_type": "cosine"},
+    "optimizer": {"name": "adamw", "schedule": "ramped-cosine"},
+    "training": {"weight_decay": 0.01, "max_grad_norm": 1.0, "warmup_steps": 0.01},
 }
 _SENTENCE = "The old clock in the hall struck nine, and nobody in the house was awake to hear it. "
 
@@ -59,15 +59,15 @@ def _training(**values: Any) -> dict[str, Any]:
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "recipes": {
-        # Adam: no warmup, no clipping, no decay. Only watched, so that its scores go on.
+        # Adam: no warmup (a ramp of one step is none), no clipping, no decay. Only watched, so that its scores go on.
         "v1": _change(
-            _V2, _training(weight_decay=0.0, max_grad_norm=0.0, warmup_steps=0), {"monitor": {"action": "warn"}}
+            _V2, _training(weight_decay=0.0, max_grad_norm=0.0, warmup_steps=1), {"monitor": {"action": "warn"}}
         ),
         "v2": _V2,
     },
     "leaves": {
         "v2 without decay": _change(_V2, _training(weight_decay=0.0), {"monitor": {"action": "warn"}}),
-        "v2 without warmup": _change(_V2, _training(warmup_steps=0), {"monitor": {"action": "warn"}}),
+        "v2 without warmup": _change(_V2, _training(warmup_steps=1), {"monitor": {"action": "warn"}}),
         "v2 without clipping": _change(_V2, _training(max_grad_norm=0.0), {"monitor": {"action": "warn"}}),
     },
     # From the weights of v2: one sentence, again and again, at ten times the rate.
@@ -85,8 +85,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def configuration(stage: str, name: str, seed: int, told: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """The whole configuration of one run."""
     steps = {"precision": told.precision_steps, "collapse": 500}.get(stage, told.steps)
+    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe["training"].pop("lr_scheduler_type", None)  # optimizer.schedule makes it
     made = _change(
-        yaml.safe_load(RECIPE.read_text()),
+        recipe,
         {"data": {"directory": str(told.data)}},
         {"monitor": {"action": "stop", "patience": 5}},
         VARIANTS[stage][name],

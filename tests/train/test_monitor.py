@@ -316,6 +316,19 @@ def test_a_good_checkpoint_does_not_change_when_its_steps_are_trained_anew(tmp_p
     assert (tmp_path / "good-20" / "deep" / "weights").read_text() == "first time"
 
 
+def test_a_good_checkpoint_that_is_gone_is_said_and_stops_nothing(tmp_path: Path, caplog: Any) -> None:
+    class Gone(TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            shutil.rmtree(tmp_path / f"checkpoint-{state.global_step}")
+
+    made = trainer(tmp_path, varied(16), [monitor(), Gone()], max_steps=4, save_strategy="steps", save_steps=2)
+    with caplog.at_level(logging.WARNING, logger="insitu.train"):
+        run(made)
+    assert made.state.global_step == 4
+    assert caplog.text.count("is good and not there any more: it is not kept") == 2
+    assert kept.last_good(tmp_path) is None
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "said"),

@@ -12,6 +12,7 @@ import torch
 from monitored import run, tiny_model, trainer, varied
 from torch import nn
 
+import insitu
 from insitu.train import precision
 from insitu.train.emulated import DynamicLossScale, LossScale, eighth, emulate, half
 from insitu.train.precision import PrecisionConfig
@@ -147,6 +148,14 @@ def test_float8_leaves_out_the_head_and_what_its_products_do_not_fit() -> None:
         ValueError, match=r"no linear layer, besides its output head, with both sides in multiples of 16"
     ):
         precision.apply(PrecisionConfig(compute="fp8"), model, device="cpu")
+
+
+def test_int8_weights_are_not_emulated_upon() -> None:
+    model = tiny_model()
+    precision.apply(PrecisionConfig(compute="fp8"), model, device="cpu")
+    insitu.quantize(model)
+    with pytest.raises(ValueError, match="are not emulated on int8 weights"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
 
 
 def test_a_gpu_without_float8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

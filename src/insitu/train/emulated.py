@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from insitu.optim.quantized import Int8Weight
+
 
 @dataclass
 class LossScale:
@@ -82,6 +84,8 @@ def emulate(layers: list[nn.Linear], scale: LossScale | None) -> None:
 
 
 def _forward(layer: nn.Linear, scale: LossScale | None, x: Tensor) -> Tensor:
+    if isinstance(layer.weight, Int8Weight):
+        raise ValueError("precision.compute='fp16' and 'fp8' are not emulated on int8 weights; compute in fp32 or bf16")
     made: Tensor = _Linear.apply(x, layer.weight, layer.bias, scale)  # type: ignore[no-untyped-call]
     return made
 

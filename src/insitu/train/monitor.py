@@ -169,7 +169,10 @@ class SampleMonitor(TrainerCallback):  # type: ignore[misc]
 
     def _keep(self) -> None:
         if self._saved is not None:
-            kept.keep(self._saved)
+            if self._saved.is_dir():
+                kept.keep(self._saved)
+            else:
+                log.warning("%s is good and not there any more: it is not kept", self._saved)
             self._saved = None
 
     def _refuse_too_long(self, model: Any) -> None:

@@ -96,7 +96,13 @@ def make_sft(config: SftConfig, tokenizer: Any, model: Any) -> tuple[Examples, E
         refuse_if_packing_leaks(model)
         return train, held_out, pack
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked wherever it stands
-    return train, held_out, Collator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters)
+    # DataParallel, which Trainer takes for several GPUs in one process, would cut the list of columns as if it were a batch.
+    parallel = torch.cuda.device_count() > 1 and not torch.distributed.is_initialized()
+    return (
+        train,
+        held_out,
+        Collator(pad, "logits_to_keep" in inspect.signature(model.forward).parameters and not parallel),
+    )
 
 
 def load(path: Path, tokenizer: Any, model: Any, max_length: int, too_long: str) -> Examples:
