@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from insitu.train import checkpoints
-from insitu.train.journal import NAME, Journal
+from insitu.data.durable import fsync
+from insitu.train import checkpoints, journal
 
 log = logging.getLogger("insitu.train")
 
@@ -192,7 +192,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._journal: Journal | None = None
+        self._journal: Path | None = None  # on the process that writes it
         self._rate = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -201,8 +201,8 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         if args.resume_from_checkpoint is not None:
             engine.restore_log(Path(args.resume_from_checkpoint))
         if state.is_world_process_zero:
-            self._journal = Journal(Path(args.output_dir) / NAME)
-            self._journal.rewind(state.global_step)
+            self._journal = Path(args.output_dir) / journal.NAME
+            journal.rewind(self._journal, state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
         self._rate = float(optimizer.param_groups[0]["lr"])  # before the scheduler moves it
@@ -216,15 +216,11 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
                 "the last checkpoint with --resume"
             )
         if self._journal is not None:
-            self._journal.append(step, loss, self._rate)
+            journal.append(self._journal, step, loss, self._rate)
         if (observe := getattr(engine.train_dataset, "observe", None)) is not None:
             observe(step, loss)
         if self._journal is not None and control.should_save:
-            self._journal.sync()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._journal is not None:
-            self._journal.close()
+            fsync(self._journal)
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -6,47 +6,25 @@ Trainer's own log has means over ``logging_steps``. A resumed run drops the rows
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from insitu.data.durable import write_text
 
 NAME = "losses.jsonl"
 
 
-class Journal:
-    """The file of a run, on the process that writes it."""
+def rewind(path: Path, step: int) -> None:
+    """Keep the rows up to ``step``, behind which a run goes on."""
+    kept = [row for row in read(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[bytes] | None = None
 
-    def rewind(self, step: int) -> None:
-        """Keep the rows up to ``step`` and go on behind them."""
-        self.close()
-        kept = [row for row in read(self.path) if row["step"] <= step]
-        beside = self.path.with_name(self.path.name + ".new")
-        with beside.open("wb") as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
-        self._file = self.path.open("ab")
-
-    def append(self, step: int, loss: float, learning_rate: float) -> None:
-        assert self._file is not None
-        row = {"step": step, "loss": loss, "learning_rate": learning_rate}
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """To disk, before a checkpoint that stands for these rows is."""
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def append(path: Path, step: int, loss: float, learning_rate: float) -> None:
+    """Add the row of a step. It is on disk when :func:`insitu.data.durable.fsync` says so, before a checkpoint stands for it."""
+    row = {"step": step, "loss": loss, "learning_rate": learning_rate}
+    with path.open("ab") as file:
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
