@@ -30,6 +30,12 @@ def test_a_number_is_read_as_everybody_writes_it(written: str, tmp_path: Path) -
     assert load(write_config(tmp_path), ["--training.learning_rate", written]).training["learning_rate"] == 0.001
 
 
+def test_no_is_a_word_and_false_is_none(tmp_path: Path) -> None:
+    flags = ["--training.save_strategy", "no", "--training.use_cpu", "false", "--training.disable_tqdm=True"]
+    training = load(write_config(tmp_path), flags).training
+    assert (training["save_strategy"], training["use_cpu"], training["disable_tqdm"]) == ("no", False, True)
+
+
 def test_training_has_no_second_defaults(tmp_path: Path) -> None:
     assert config_of(tmp_path).training == content(tmp_path)["training"]
 

@@ -205,12 +205,18 @@ def _put(content: Any, keys: list[str], value: Any, flag: str) -> None:
 
 
 def _loader() -> Any:
-    """A SafeLoader that reads 1e-3 as a number, as JSON and Python do; YAML 1.1 wants 1.0e-3 and gives a string."""
+    """A SafeLoader that reads 1e-3 as a number and ``no`` as a word, as YAML 1.2 does; 1.1 has them the other way round."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
+        yaml_implicit_resolvers = {  # noqa: RUF012 (a declaration of yaml's)
+            first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )

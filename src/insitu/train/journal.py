@@ -21,7 +21,7 @@ def rewind(path: Path, step: int) -> None:
 
 
 def append(path: Path, step: int, loss: float, learning_rate: float) -> None:
-    """Add the row of a step. It is on disk when :func:`insitu.data.durable.fsync` says so, before a checkpoint stands for it."""
+    """Add the row of a step; it is on disk once the file is synced, which is before a checkpoint stands for it."""
     row = {"step": step, "loss": loss, "learning_rate": learning_rate}
     with path.open("ab") as file:
         file.write(json.dumps(row).encode() + b"\n")
