@@ -39,7 +39,8 @@ def test_andrea_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [
         *SMALL, "--training.output_dir", str(tmp_path / "out"), "--training.max_steps", "40", "--training.warmup_steps", "2",
         "--data.tokenizer.vocab_size", "280", "--data.sequence_length", "16", "--data.warmup_steps", "4",
-        "--monitor.every", "20", "--monitor.tokens", "16", "--model.options.num_hidden_layers", "1", "--training.eval_steps", "40",
+        "--monitor.every", "20", "--monitor.tokens", "16", "--model.options.num_hidden_layers", "1",
+        "--training.eval_steps", "40",
         "--data.sources.4.max_epochs", "50", "--data.sources.13.max_epochs", "50",
     ]  # fmt: skip
     pretrain(*flags, config=recipe)

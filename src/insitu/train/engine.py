@@ -40,6 +40,8 @@ class Engine(Trainer):  # type: ignore[misc]
         options: Trainer's own.
     """
 
+    lr_scheduler: Any
+
     def __init__(self, *, record: dict[str, Any], moments: Any = None, schedule: Any = None, **options: Any) -> None:
         self._record = record
         self._moments = moments
@@ -81,8 +83,7 @@ class Engine(Trainer):  # type: ignore[misc]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        made: Any = self.lr_scheduler
-        if made is None and self._schedule is not None:
+        if self.lr_scheduler is None and self._schedule is not None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = self._schedule(optimizer or self.optimizer, warmup, num_training_steps)
             self._created_lr_scheduler = True
