@@ -93,6 +93,7 @@ def test_sft_and_that_it_goes_on_where_it_was(tmp_path: Path, caplog: pytest.Log
     assert sorted(checkpoints.steps_in(tmp_path / "out")) == [3, 6, 8]
 
 
+@pytest.mark.filterwarnings("ignore")  # of TRL and what it brings
 def test_dpo_writes_a_model_and_refuses_what_its_trainer_has_not(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="needs trl: pip install trl")
     from chatting import pair
