@@ -38,7 +38,7 @@ _V2 = {
     "optimizer": {"name": "adamw", "schedule": "ramped-cosine"},
     "training": {"weight_decay": 0.01, "max_grad_norm": 1.0, "warmup_steps": 0.01},
 }
-_SENTENCE = "The old clock in the hall struck nine, and nobody in the house was awake to hear it. "
+_SENTENCE = "The clock in the hall struck nine, and nobody was awake. "
 
 
 def _change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
