@@ -11,7 +11,7 @@ its loss still falls, because what it repeats is likely: so samples are judged, 
 
 over the tokens of the text (:func:`tokens`: words and marks, not the model's own, so that scores of different tokenizers
 compare), where d_n = 1 - seq-rep-n is the share of n-grams that are distinct, k the number of distinct known words, c that of
-distinct characters. 0.6 and 0.75 are what nineteen of twenty pieces of real documents and code have, from 140 to 420 tokens. The
+distinct characters. 0.6 and 0.75 are what nineteen of twenty pieces of documents and code have, from 140 to 420 tokens. The
 squares are because a loop that has come round R times still has 1 / R of its n-grams distinct, and a sample shows only so many
 rounds. Known words count once each: by their share, a loop of one ordinary sentence would begin with 30 points. The weights and
 the threshold are those of the ANDREA lessons' coherence gate. So a loop of up to 24 tokens scores under 30 whatever its words
