@@ -38,7 +38,7 @@ _V2 = {
     "optimizer": {"name": "adamw", "schedule": "ramped-cosine"},
     "training": {"weight_decay": 0.01, "max_grad_norm": 1.0, "warmup_steps": 0.01},
 }
-_SENTENCE = "The old clock in the hall struck nine, and nobody in the house was awake to hear it. "
+_SENTENCE = "The clock in the hall struck nine, and nobody was awake. "
 
 
 def _change(base: dict[str, Any], *changes: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,8 @@ def configuration(stage: str, name: str, seed: int, told: argparse.Namespace, di
         VARIANTS[stage][name],
         _training(
             output_dir=str(directory / "out"), max_steps=steps, seed=seed, save_strategy="steps", save_steps=max(1, steps // 6),
-            save_total_limit=1, report_to="none", disable_tqdm=True, **({"learning_rate": told.lr} if told.lr else {}),
+            save_total_limit=1, report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+            **({"learning_rate": told.lr} if told.lr else {}),
         ),
     )  # fmt: skip
     if stage == "collapse":

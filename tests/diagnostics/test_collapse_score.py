@@ -83,6 +83,15 @@ def test_other_kinds_of_text_score_at_least_60(kind: str, text: str) -> None:
         assert found[0].total > 70
 
 
+@pytest.mark.parametrize("length", [140, 420])
+def test_nineteen_of_twenty_pieces_of_documents_and_code_have_all_points_for_their_n_grams(length: int) -> None:
+    texts = [ROOT / name for name in WRITTEN] + sorted((ROOT / "src/insitu/optim").glob("*.py"))
+    found = [score(piece) for path in texts for piece in cut(path.read_text(), length)]
+    assert len(found) > 100
+    for part in ("bigrams", "trigrams"):
+        assert sum(getattr(one, part) > 34.9 for one in found) >= 0.95 * len(found), part
+
+
 @pytest.mark.parametrize("name", COLLAPSED)
 def test_the_lessons_collapsed_samples_score_under_30(name: str) -> None:
     found = score(COLLAPSED[name])
@@ -119,6 +128,12 @@ def test_any_loop_of_24_tokens_is_seen_by_both_measures(period: list[str]) -> No
     assert repetition(words) > 0.8  # the live guard's limit for a lesson
 
 
+def test_a_loop_that_has_come_round_a_few_times_only_is_seen() -> None:
+    """A sample of 60 words: seven rounds of a sentence of eight, and four of one of fourteen."""
+    assert score("the clock in the hall struck nine again " * 7).total < THRESHOLD
+    assert score("the old clock in the hall struck nine and nobody was awake to hear " * 4).total < THRESHOLD
+
+
 def test_both_measures_pass_real_text() -> None:
     for piece in [*cut(NOVEL), *cut((ROOT / "docs/guide/trust.md").read_text())]:
         assert score(piece).total > 60
@@ -139,8 +154,8 @@ def test_each_part_by_hand() -> None:
     """32 tokens, so that nothing is short: 8 distinct words, four times in a row."""
     found = score("the cat and dog saw bird near pond " * 4)
     assert found.tokens == 32
-    assert found.bigrams == pytest.approx(35 * (8 / 31) / 0.6)
-    assert found.trigrams == pytest.approx(35 * (8 / 30) / 0.75)
+    assert found.bigrams == pytest.approx(35 * (8 / 31 / 0.6) ** 2)
+    assert found.trigrams == pytest.approx(35 * (8 / 30 / 0.75) ** 2)
     assert found.words == pytest.approx(20 * 2 / 25)  # "the" and "and"
     assert found.characters == pytest.approx(10 * len(set("thecatanddogsawbirdnearpond")) / 40)
     assert found.total == pytest.approx(found.bigrams + found.trigrams + found.words + found.characters)
