@@ -3,7 +3,7 @@
 from cyclopts import App
 
 from insitu import __version__
-from insitu.cli import canary, intake, memory, serving, teaching, versions
+from insitu.cli import canary, intake, memory, serving, teaching, training, versions
 
 app = App(name="insitu", version=__version__, help="Train the model you are serving, in place.")
 for verb in (
@@ -24,6 +24,7 @@ for verb in (
     serving.doctor,
 ):
     app.command(verb)
+app.command(training.train)
 
 
 def main() -> None:

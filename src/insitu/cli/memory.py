@@ -29,7 +29,8 @@ def memory(
     Activations are not counted: they follow from batch and sequence, not from the optimizer.
 
     Args:
-        model: smollm2, llama-60m to llama-13b (the papers' sizes), a directory, or a Hub id. Only its config is read.
+        model: smollm2, llama-9m to llama-13b (the papers' sizes), andrea-tiny to andrea-480m,
+            a directory, or a Hub id. Only its config is read.
         optim: One or several optimizers; all by default.
         dtype: Of weights and gradients. The state has the type that each optimizer gives it.
         rank: Of APOLLO, Q-APOLLO and GaLore.

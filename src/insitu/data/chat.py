@@ -10,7 +10,7 @@ from typing import Any
 
 from insitu.data import template
 from insitu.data.jsonl import read_jsonl
-from insitu.data.messages import DataError, check_example, check_messages
+from insitu.data.messages import DataError, TooLongError, check_example, check_messages
 
 __all__ = ["DataError", "Example", "encode_continuation", "encode_messages", "encode_prompt", "read_jsonl"]
 
@@ -100,7 +100,7 @@ def encode_continuation(
         raise DataError("continuation_ids is empty; there is nothing to learn", "continuation_ids")
     length = len(context_ids) + len(continuation_ids)
     if length > max_length:
-        raise DataError(
+        raise TooLongError(
             f"context_ids and continuation_ids are {length} tokens, {length - max_length} more than the context of "
             f"{max_length}; drop tokens from the start of context_ids",
             "context_ids",

@@ -22,6 +22,10 @@ class DataError(ValueError):
         self.param = param
 
 
+class TooLongError(DataError):
+    """An example of more tokens than the model's context; there is nothing else wrong with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One checked message; ``train`` says whether its tokens are targets (only an assistant's can be)."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from insitu.data.messages import DataError, Message
+from insitu.data.messages import DataError, Message, TooLongError
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # transformers compiles a template once per process, and while it records generation markers any other rendering of that
@@ -122,7 +122,7 @@ def turn_spans(tokenizer: Any, turns: Sequence[Message], control: Control, max_l
     # Before the turns are looked at one by one, which takes long in a long conversation.
     length = len(encode(tokenizer, text))
     if length > max_length:
-        raise DataError(
+        raise TooLongError(
             f"messages encodes to {length} tokens, {length - max_length} more than the context of {max_length}; shorten "
             "it or split the conversation",
             "messages",

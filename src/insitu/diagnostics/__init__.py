@@ -1,1 +1,1 @@
-"""What the tokens of a reply tell about the health of the model that wrote it. Pure Python: no torch, no model."""
+"""What the words of a reply tell about the health of the model that wrote it. Pure Python: no torch, no model."""

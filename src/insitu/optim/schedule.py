@@ -9,6 +9,8 @@ Every one is a factor on each group's own ``lr``. In what follows t counts updat
 | warmup_inverse_sqrt   | t / w  | sqrt(w / t)                                                                |
 | warmup_milestone      | t / w  | gamma^k, k milestones being reached: m <= t - 1                            |
 
+``ramped_cosine`` is a product instead: the cosine begins with the first update, and min(1, t / w) holds it down at first.
+
 The first update is at lr / w and not at 0. Call ``step()`` after each optimizer step.
 """
 
@@ -47,6 +49,17 @@ class _Decay(_Warmup):
         if self.cosine:
             left = (1 + cos(pi * (1 - left))) / 2
         return self.floor + (1 - self.floor) * left
+
+
+@dataclass
+class _RampedCosine:
+    warmup: int
+    total: int
+    floor: float
+
+    def __call__(self, done: int) -> float:
+        cosine = (1 + cos(pi * min(1.0, done / self.total))) / 2
+        return min(1.0, (done + 1) / self.warmup) * (self.floor + (1 - self.floor) * cosine)
 
 
 @dataclass
@@ -106,13 +119,30 @@ def warmup_milestone(optimizer: Optimizer, warmup: int, milestones: Sequence[int
     return LambdaLR(optimizer, _Milestones(warmup, steps, gamma))
 
 
+def ramped_cosine(optimizer: Optimizer, warmup: int, total: int, floor: float = 0.0) -> LambdaLR:
+    """``lr min(1, (s + 1) / warmup) (floor + (1 - floor) (1 + cos(pi s / total)) / 2)``, s = t - 1 updates done: the ANDREA
+    lessons' schedule, with a warmup of 2,000 steps in one run of 200,000.
+
+    Transformers' ``cosine`` with as many warmup steps is another: its first update has a rate of 0, and its cosine begins after
+    the warmup.
+
+    Raises:
+        ValueError: ``warmup`` below 1 or not below ``total``, ``floor`` outside [0, 1].
+    """
+    _check_decay(_at_least("warmup", warmup, 1), total, floor)
+    return LambdaLR(optimizer, _RampedCosine(warmup, total, floor))
+
+
 def _decay(optimizer: Optimizer, warmup: int, total: int, floor: float, *, cosine: bool) -> LambdaLR:
-    _at_least("warmup", warmup, 0)
+    _check_decay(_at_least("warmup", warmup, 0), total, floor)
+    return LambdaLR(optimizer, _Decay(warmup, total, floor, cosine))
+
+
+def _check_decay(warmup: int, total: int, floor: float) -> None:
     if not isinstance(total, int) or total <= warmup:
         raise ValueError(f"total={total!r}: expected the number of all updates, more than warmup={warmup}")
     if not (isfinite(floor) and 0 <= floor <= 1):
         raise ValueError(f"floor={floor!r}: expected a factor in [0, 1], such as 0.1 for a tenth of lr")
-    return LambdaLR(optimizer, _Decay(warmup, total, floor, cosine))
 
 
 def _at_least(name: str, value: int, least: int) -> int:

@@ -1,0 +1,81 @@
+"""The tables and the plot of the README, from results/runs.jsonl.
+
+python experiments/four_leaves/table.py
+python experiments/four_leaves/table.py --plot experiments/four_leaves/scores.svg    # needs insitu[plots]
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+THRESHOLD = 30
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, of several seeds, the lowest and highest."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| run | seeds | steps | final loss | validation loss | lowest score | stopped | bytes of state |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        validation = [row["validation_loss"] for row in mine if row["validation_loss"] is not None]
+        stopped = [row["steps"] for row in mine if row["steps"] < row["asked"]]
+        cells = [
+            name,
+            str(len(mine)),
+            spread([row["steps"] for row in mine], 0),
+            spread([row["final_loss"] for row in mine], 3),
+            spread(validation, 3) if validation else "",
+            spread([row["lowest_score"] for row in mine], 0),
+            f"{len(stopped)} of {len(mine)}" + (f", at {', '.join(map(str, stopped))}" if stopped else ""),
+            spread([row["state_bytes"] for row in mine], 0),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Scores over the steps of v1, v2 and the forced collapse; of the last, the loss too."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, colour in (("v1", "tab:red"), ("v2", "tab:blue")):
+        for row in (row for row in rows if row["name"] == name):
+            steps, scores, _ = zip(*row["scores"], strict=True)
+            left.plot(steps, scores, color=colour, alpha=0.7, label=name if row["seed"] == 0 else None)
+    left.set(title="the two recipes", xlabel="step", ylabel="score of the samples", ylim=(0, 100))
+    loss = right.twinx()
+    for row in (row for row in rows if row["name"] == "forced collapse"):
+        steps, scores, losses = zip(*row["scores"], strict=True)
+        right.plot(steps, scores, color="tab:blue", alpha=0.7)
+        loss.plot(steps, losses, color="tab:gray", alpha=0.7)
+    right.set(title="one sentence, repeated", xlabel="step", ylim=(0, 100))
+    loss.set_ylabel("training loss, gray (nats per token)")
+    for axes in (left, right):
+        axes.axhline(THRESHOLD, color="black", linestyle=":")
+    left.legend()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, default=HERE / "results" / "runs.jsonl")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="an .svg or .png")
+    told = parser.parse_args()
+    rows = [json.loads(line) for line in told.rows.read_text().splitlines()]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        print(f"\n{stage}\n\n{table([row for row in rows if row['stage'] == stage])}")
+    if told.plot:
+        plot(rows, told.plot)
+
+
+if __name__ == "__main__":
+    main()

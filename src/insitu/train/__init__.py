@@ -1,0 +1,1 @@
+"""Training language models with Hugging Face's Trainer: what ``insitu train`` runs."""
