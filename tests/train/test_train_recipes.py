@@ -15,8 +15,6 @@ from insitu.train.run import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = [
-    "--training.use_cpu",
-    "true",
     "--training.disable_tqdm",
     "true",
     "--training.max_steps",
