@@ -101,9 +101,9 @@ def test_a_run_killed_at_any_write_and_resumed_is_the_run_without_a_break(
     print(f"seed {seed}: killed at", end=" ")  # noqa: T201
     dice = random.Random(seed)
     resumed_from = set()
-    for _ in range(2):
+    for first in (1, told["writes"] // 2):  # the second has a checkpoint behind it
         fresh()
-        at = dice.randrange(1, told["writes"] + 1)
+        at = dice.randrange(first, told["writes"] + 1)
         print(at, end=" ")  # noqa: T201
         assert driver(config, kill=at)["status"] == -signal.SIGKILL
         # A second kill while it goes on.
@@ -186,3 +186,15 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter(tmp_path: Path, caplog: 
     (tmp_path / "whole").mkdir()
     trained(tmp_path / "whole", training=constant)
     assert losses(tmp_path / "out") == losses(tmp_path / "whole" / "out")
+
+
+def test_a_kill_before_the_last_rotation_leaves_no_checkpoint_too_many(tmp_path: Path) -> None:
+    trained(tmp_path)
+    out = tmp_path / "out"
+    kept = set(checkpoints.steps_in(out))
+    last = max(kept)
+    shutil.copytree(out / f"checkpoint-{last}", out / "checkpoint-1")
+    (out / "config.json").unlink()
+    prepare(config_of(tmp_path), resume=True).train()
+    assert set(checkpoints.steps_in(out)) == kept
+    assert (out / "config.json").exists()

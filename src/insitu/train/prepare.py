@@ -42,7 +42,7 @@ def prepare(config: TrainConfig, *, resume: bool = False) -> Run | PreferenceRun
         checkpoints.check_same(found, record, described, sequences)
 
     tokenizer, model = _model(config, args, output_dir, found)
-    overrides = _precision(config, model, args)
+    overrides = precision.apply(config.precision, model, device=args.device.type)
     optimizers.prepare_weights(config.optimizer, model)
     if any(overrides.values()):
         args = _arguments(config, overrides)
@@ -107,9 +107,12 @@ def _check(config: TrainConfig, args: Any) -> None:
 
 
 def _arguments(config: TrainConfig, overrides: dict[str, Any]) -> Any:
+    import torch
     from transformers import TrainingArguments
 
     given = dict(config.training)
+    # Without an accelerator Trainer refuses bf16, and warns of pinned memory, unless it is told that this is meant.
+    given.setdefault("use_cpu", not torch.accelerator.is_available())
     if config.model.fsdp_size > 1:
         # Trainer refuses to save the rest for a model sharded while loading; the engine saves it.
         given["save_only_model"] = True
@@ -117,14 +120,6 @@ def _arguments(config: TrainConfig, overrides: dict[str, Any]) -> Any:
         return TrainingArguments(**{**given, **overrides})
     except (ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
-
-
-def _precision(config: TrainConfig, model: Any, args: Any) -> dict[str, Any]:
-    """Prepare the model, and return what TrainingArguments must say."""
-    overrides = precision.apply(config.precision, model, device=args.device.type)
-    if overrides["bf16"] and args.device.type == "cpu":
-        overrides["use_cpu"] = True  # without a GPU Trainer refuses bf16 unless it is told that this is meant
-    return overrides
 
 
 def _checkpoint(args: Any, output_dir: Path, resume: bool) -> tuple[Path | None, int]:
@@ -238,9 +233,10 @@ def _preferences(config: TrainConfig, args: Any, resume: bool) -> PreferenceRun:
             read_preferences(Path(path))
     output_dir = Path(args.output_dir)
     tokenizer, model = _model(config, args, output_dir, None)
-    overrides = _precision(config, model, args)
+    overrides = precision.apply(config.precision, model, device=args.device.type)
     optimizers.prepare_weights(config.optimizer, model)
     optimizers.class_and_kwargs(config.optimizer, args)
+    overrides["use_cpu"] = args.use_cpu
     return PreferenceRun(config, model, tokenizer, overrides, _callbacks(config, model, tokenizer))
 
 

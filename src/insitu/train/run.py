@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from insitu.data.durable import write_text
-from insitu.train import final, optimizers, plots
+from insitu.train import checkpoints, final, optimizers, plots
 from insitu.train.config import TrainConfig
 from insitu.train.engine import TrainingError
 
@@ -39,6 +39,9 @@ class Run:
         if self.resume is not None and 0 < args.max_steps <= self.step:
             log.info("%s is the end of the run: nothing is left to train", self.resume)
             self.trainer._load_from_checkpoint(str(self.resume))
+            if args.should_save:  # a kill may have come before the last checkpoint's rotation
+                state = json.loads((self.resume / "trainer_state.json").read_text())
+                checkpoints.rotate(output_dir, args.save_total_limit, state["best_model_checkpoint"])
         else:
             if self.resume is not None:
                 log.info("going on from %s", self.resume)
