@@ -79,7 +79,7 @@ def test_a_directory_is_read_and_a_note_tells_of_a_rank_that_saves_nothing(
     [
         (("smollm2", "--optim", "adam"), "--optim 'adam' is unknown; expected one of adamw, "),
         (("smollm2", "--rank", "0"), "rank=0: expected an integer of at least 1"),
-        (("./nowhere",), "model './nowhere': its config cannot be had; expected one of smollm2, llama-60m"),
+        (("./nowhere",), "model './nowhere': its config cannot be had; expected one of smollm2, llama-9m"),
     ],
     ids=str,
 )
