@@ -156,6 +156,7 @@ def in_learner(points: Points) -> None:
     pass_by(Store, "update_rollback", points, before="before note")
     pass_by(Store, "abandon", points, before="abandon")
     _count_tensors(points)
+    optim_base._ELEMENTS = 1  # tensors go one by one, so that a kill can come between any two
     run = optim_base.run
 
     def run_and_pass(*args: Any, **options: Any) -> list[Callable[[Any], None]]:

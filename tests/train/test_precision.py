@@ -184,6 +184,10 @@ def test_on_a_gpu_float8_is_torchaos(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"moments": "int8"}, r"precision\.moments='int8'"),
         ({"weights": "fp16"}, r"precision\.weights='fp16'; expected one of 'fp32', 'bf16'$"),
         ({"weights": "bf16"}, r"precision\.weights='bf16' with precision\.compute='fp32'.*give compute='bf16'"),
+        (
+            {"compute": "bf16", "weights": "bf16", "moments": "fp8"},
+            r"precision\.moments='fp8' with precision\.weights='bf16'.*give moments='bf16', or weights='fp32'",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(change: dict[str, Any], said: str) -> None:

@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from insitu.data.durable import fsync
+from insitu.data.durable import fsync, write_text
 from insitu.train import checkpoints, journal
 
 log = logging.getLogger("insitu.train")
+
+_SCHEDULER = "scheduler.json"  # of a sharded run
 
 
 class TrainingError(RuntimeError):
@@ -157,7 +159,7 @@ class Engine(Trainer):  # type: ignore[misc]
         save({"optimizer": state}, checkpoint_id=directory / checkpoints.SHARDED)
         self._save_rng_state(str(directory))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), directory / "scheduler.pt")
+            write_text(directory / _SCHEDULER, json.dumps(self.lr_scheduler.state_dict()) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.sharded:  # else it was loaded from there when it was made
@@ -174,7 +176,7 @@ class Engine(Trainer):  # type: ignore[misc]
         state = {"optimizer": get_optimizer_state_dict(self.model, optimizer)}
         load(state, checkpoint_id=Path(checkpoint) / checkpoints.SHARDED)
         set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state["optimizer"])
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / _SCHEDULER).read_text()))
 
     def restore_log(self, checkpoint: Path) -> None:
         """Go on with the sum since the last log line, so that the next line is that of the run without a break."""

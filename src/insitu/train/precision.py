@@ -53,6 +53,12 @@ class PrecisionConfig:
                 f"precision.weights='bf16' with precision.compute={self.compute!r}: weights kept in bf16 are multiplied in "
                 "bf16; give compute='bf16' or 'fp8', or weights='fp32'"
             )
+        if self.weights == "bf16" and self.moments in ("fp16", "fp8"):
+            raise ValueError(
+                f"precision.moments={self.moments!r} with precision.weights='bf16': when torch loads an optimizer's state it "
+                "casts the scales of such moments to the weights' type, so a resumed run would be another; give "
+                "moments='bf16', or weights='fp32'"
+            )
 
 
 def apply(config: PrecisionConfig, model: Any, *, device: str | None = None) -> dict[str, Any]:
