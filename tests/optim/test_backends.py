@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.utils.cpp_extension  # as Inductor does in the middle of a test, where setuptools may not find its distutils
 from torch import nn
 
 from insitu import APOLLO
@@ -21,11 +20,8 @@ from insitu.optim import step as steps
 from insitu.optim.options import BACKENDS
 from insitu.optim.step import kernels, native
 
-# Inductor, when it is first imported, defines and imports what torch and Python call deprecated.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The distutils package is deprecated:DeprecationWarning"),
-]
+# Inductor, when it is first imported, defines what torch itself calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = ["triton"] if INTERPRETED else ["blocked", "native", "compiled"]
 SHAPES = [(34, 20), (20, 34), (17, 17), (3, 11, 7), (2, 5, 12), (1, 19), (19, 1), (37,)]

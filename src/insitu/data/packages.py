@@ -6,7 +6,7 @@ The tools (pip, npm, apt-get) know where their registries are and how a person's
 
 import gzip
 import hashlib
-import importlib.util
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -41,8 +41,8 @@ class Archive:
 
 def missing_programs(tool: str) -> list[str]:
     """What is needed of a tool and not on this machine."""
-    if tool == "pip":
-        return [] if importlib.util.find_spec("pip") else ["pip"]
+    if tool == "pip":  # by its metadata: looking for the module would make setuptools swap distutils in this process
+        return [] if any(importlib.metadata.distributions(name="pip")) else ["pip"]
     return [program for program in _PROGRAMS[tool] if shutil.which(program) is None]
 
 
