@@ -55,6 +55,14 @@ def test_a_number_becomes_one_of_its_two_neighbours_and_either_by_its_nearness(k
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_number_of_the_type_stays_what_it_is_whatever_is_drawn(kind: str) -> None:
+    format = FORMATS[kind]._replace(largest=None)
+    x = every(kind)
+    found, _ = encode(x, format, torch.full_like(x, 1 - 2**-24))
+    assert torch.equal(found.float(), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_is_kept_where_rounding_to_nearest_would_lose_it(kind: str) -> None:
     torch.manual_seed(0)
     x = torch.full((200 * BLOCK,), 1.0 + 1e-3)

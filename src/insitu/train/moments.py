@@ -79,7 +79,9 @@ def encode(x: Tensor, format: Format, uniform: Tensor) -> tuple[Tensor, Tensor |
     # The distance between neighbours of the type at x, a power of two.
     _, exponent = torch.frexp(x)
     spacing = torch.ldexp(torch.ones_like(x), (exponent - 1).clamp(min=format.exponent) - format.digits)
-    rounded = torch.floor(x / spacing + uniform) * spacing
+    whole = torch.floor(x / spacing)
+    # Not floor(x / spacing + uniform): that sum is rounded itself, and could move what is a number of the type already.
+    rounded = (whole + (1 - uniform < x / spacing - whole)) * spacing
     if format.largest is not None:
         rounded = rounded.clamp(-format.largest, format.largest)
     return rounded.to(format.dtype), scales
