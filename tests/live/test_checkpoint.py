@@ -114,13 +114,13 @@ def test_a_failure_anywhere_leaves_nothing(
         yield from list(tensors.items())[:3]
         fail()
 
-    real = checkpoint.sync
+    real = checkpoint.fsync
 
     def sync(path: Path) -> None:
         fail() if path == tmp_path else real(path)
 
     if at == 4:  # the name of the finished directory cannot be made durable
-        monkeypatch.setattr(checkpoint, "sync", sync)
+        monkeypatch.setattr(checkpoint, "fsync", sync)
     elif at < 4:
         failing = [(shutil, "copyfile"), (checkpoint, "save_file"), (os, "fsync"), (Path, "rename")]
         monkeypatch.setattr(*failing[at], fail)

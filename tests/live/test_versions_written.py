@@ -12,7 +12,8 @@ import pytest
 from tiny import make_tiny
 from versioned import back, base_tensors, names, nudged, open_versions, random_bits, raw, roll_back, teach
 
-from insitu.live.checkpoint import VersionError, sync
+from insitu.data.durable import fsync
+from insitu.live.checkpoint import VersionError
 from insitu.live.difference import DifferenceError
 from insitu.live.versions import Versions
 
@@ -67,11 +68,11 @@ def test_a_failure_after_the_bytes_were_written_leaves_nothing_behind(
     def fail_for_directories(path: Path) -> None:
         if path.is_dir():
             fail()
-        sync(path)
+        fsync(path)
 
     version = versions.store.reserve("teach", 0)
     if failing == "the directory's fsync":
-        monkeypatch.setattr("insitu.live.versions.sync", fail_for_directories)
+        monkeypatch.setattr("insitu.live.versions.fsync", fail_for_directories)
     else:
         monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), fail)
     with pytest.raises(OSError, match=r"version 1 could not be written to .*Input/output error"):
@@ -105,7 +106,7 @@ def test_the_bytes_are_durable_before_the_version_has_its_name_and_the_name_befo
 
 def test_the_directorys_own_name_is_durable(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr("insitu.live.versions.sync", synced.append)
+    monkeypatch.setattr("insitu.live.versions.fsync", synced.append)
     for _ in range(2):
         versions = open_versions(tmp_path, base)
         versions.store.close()

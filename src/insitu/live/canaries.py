@@ -21,8 +21,9 @@ from torch import Tensor
 
 from insitu.data.batch import collate
 from insitu.data.chat import Example
+from insitu.data.durable import fsync
 from insitu.data.loss import target_distributions
-from insitu.live.checkpoint import save_tensors, sync
+from insitu.live.checkpoint import save_tensors
 
 log = logging.getLogger("insitu.canaries")
 
@@ -100,7 +101,7 @@ def save(path: Path, canaries: Sequence[Frozen]) -> None:
     try:
         save_tensors(tensors, partial, metadata={"canaries": text, "sha256": _sha256(text, tensors)})
         partial.replace(path)
-        sync(path.parent)
+        fsync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

