@@ -110,6 +110,21 @@ def options_table(results: Results, elsewhere: bool) -> Iterator[str]:
             )
 
 
+def int8_table(results: Results) -> Iterator[str]:
+    """What narrower weights cost, against bf16 weights of the same optimizer and seed."""
+    yield "| arm | seeds | final loss | less bf16's, same seed | from, to | perplexity |"
+    yield "|---|---|---|---|---|---|"
+    for arm, at in results.by_arm.items():
+        base = results.by_arm.get(re.sub(r"dtype bfloat16\b.*", "dtype bfloat16", arm), {}).get(results.lr, {})
+        rows = [row for seed, row in sorted(at[results.lr].items()) if seed in base]
+        if "dtype bfloat16" not in arm or not rows:
+            continue
+        gaps = [row["final"] - base[row["config"]["seed"]]["final"] for row in rows]
+        itself = rows[0] is base[rows[0]["config"]["seed"]]
+        cost = ("0", "", "") if itself else (spread(gaps, "+.4f"), _range(gaps), f"{math.expm1(mean(gaps)):+.2%}")
+        yield f"| {arm} | {len(rows)} | {spread([row['final'] for row in rows], '.4f')} | {' | '.join(cost)} |"
+
+
 def _range(values: list[float]) -> str:
     return f"{min(values):+.4f}, {max(values):+.4f}"
 
@@ -138,7 +153,8 @@ def setting(results: Results) -> str:
 def tables(results: Results) -> str:
     parts = ["### Learning rates", *lr_table(results), "", f"### Options, at {results.lr:.3g}"]
     parts += ["", *options_table(results, elsewhere=False), "", "### Several seeds at other learning rates", ""]
-    parts += [*options_table(results, elsewhere=True), "", setting(results)]
+    parts += [*options_table(results, elsewhere=True), "", "### Int8 weights, against bf16 ones", ""]
+    parts += [*int8_table(results), "", setting(results)]
     parts.insert(1, "")
     return "\n".join(parts)
 
