@@ -223,11 +223,16 @@ class APOLLO(TensorWise):
         return split(task.part, size, task.name).links if size else super()._links(task)
 
     def _together(self, task: Task) -> Hashable:
-        if task.part.mesh is not None or task.group["projection"] == "svd":
-            return None
+        if task.part.mesh is not None or task.group["projection"] == "svd" or not task.gradient.is_contiguous():
+            return None  # the last: of a bundle's gradients no copies are made at once
         p = task.parameter
         # Also by how they are stored: an int8 weight says that it is float.
         return id(task.group), p.shape, task.part.tensor.dtype, p.device, task.gradient.dtype, task.done
+
+    def _waiting(self, task: Task) -> int:
+        if _layout(task.parameter, task.group, task.name) is None:
+            return 0
+        return 4 * local_of(task.state["exp_avg"]).numel()  # R
 
     def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
         task = tasks[0]

@@ -25,7 +25,8 @@ from insitu.optim.step.scratch import Scratch
 from insitu.optim.tensors import name_of, readable, refuse_changed, refuse_other_state, refuse_unsuitable
 
 Write = Callable[[Backend], None]
-_ELEMENTS = 1 << 24  # of tensors that go together
+_ELEMENTS = 1 << 26  # of tensors that go together
+_SHARE = 4  # that part of a step's scratch memory is a bundle's at most: larger ones would leave more of it empty
 
 
 class Place(NamedTuple):
@@ -136,6 +137,10 @@ class TensorWise(Optimizer):
     def _together(self, task: Task) -> Hashable:
         """Equal for tensors that may go through a step together, as one plan; None for one that goes alone."""
         return None
+
+    def _waiting(self, task: Task) -> int:
+        """Bytes of scratch memory that the tensor holds until the sums of all tensors are known."""
+        return 0
 
     def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
         """The first half of a step of tensors that go together; returns the second, which writes the weights.
@@ -282,8 +287,12 @@ class TensorWise(Optimizer):
         for i, task in enumerate(tasks):
             key = self._together(task)
             bundles.setdefault(i if key is None else (key,), []).append(task)
-        plans = [some for together in bundles.values() for some in _of_moderate_size(together)]
-        self._scratch.begin(max((task.part.tensor.nbytes for task in tasks), default=0))
+        room = max((task.part.tensor.nbytes for task in tasks), default=0)
+        plans: list[list[Task]] = []
+        for together in bundles.values():
+            waiting = self._waiting(together[0])
+            plans += _of_moderate_size(together, room // (_SHARE * waiting) if waiting else len(together))
+        self._scratch.begin(room)
         squares: dict[int, Tensor] = {}
 
         def inspect(i: int, own: Tensor, totals: Tensor) -> None:
@@ -302,7 +311,11 @@ class TensorWise(Optimizer):
             for i, (together, write_tensors) in enumerate(zip(plans, writes, strict=True)):
                 write_tensors(backends.of(together[0].group, together[0].part.tensor))
                 finite = squares[i].isfinite()
-                for count, counted in (("step", finite & (squares[i] != 0)), ("skipped", ~finite)):
+                stepped = finite & (squares[i] != 0)
+                if readable(stepped) and stepped.all():
+                    torch._foreach_add_([task.state["step"] for task in together], 1)
+                    continue
+                for count, counted in (("step", stepped), ("skipped", ~finite)):
                     torch._foreach_add_([task.state[count] for task in together], list(counted.long().unbind()))
 
         return write, squares
@@ -334,11 +347,11 @@ class TensorWise(Optimizer):
             state.pop("residual", None)
         elif "residual" not in state:
             state.update(_residual(p, group, part))
-        task = Task(p, group, name, part, local_gradient(p, grad), 0, state, backends.of(group, part.tensor))
         done, newly_skipped = self._counts.read(p, state)
+        task = Task(p, group, name, part, local_gradient(p, grad), done, state, backends.of(group, part.tensor))
         if newly_skipped:
             _refuse_nonfinite(task)
-        return task._replace(done=done)
+        return task
 
 
 class _Backends:
@@ -355,9 +368,9 @@ class _Backends:
         return self._made[chosen]
 
 
-def _of_moderate_size(tasks: list[Task]) -> Iterator[list[Task]]:
-    """Together while the calls cost more than the arithmetic; a larger bundle would only need more scratch memory at once."""
-    num = max(1, _ELEMENTS // max(1, tasks[0].part.tensor.numel()))
+def _of_moderate_size(tasks: list[Task], fitting: int) -> Iterator[list[Task]]:
+    """Together while the calls cost more than the arithmetic, and at most ``fitting``."""
+    num = max(1, min(fitting, _ELEMENTS // max(1, tasks[0].part.tensor.numel())))
     for first in range(0, len(tasks), num):
         yield tasks[first : first + num]
 

@@ -1,0 +1,72 @@
+"""Which tensors go through a step together: how many, and that it changes no bit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from insitu import APOLLO
+from insitu.optim import base
+
+SHAPE = (24, 24)
+
+
+def stepped(
+    monkeypatch: pytest.MonkeyPatch,
+    num: int,
+    *,
+    elements: int = 1 << 26,
+    transposed: Sequence[int] = (),
+    **options: Any,
+) -> tuple[list[Tensor], list[int]]:
+    """All weights and states after three steps, and how many tensors went together in the last one."""
+    bundles: list[int] = []
+    plan = APOLLO._plan
+
+    def counted(self: APOLLO, tasks: Sequence[base.Task]) -> Any:
+        bundles.append(len(tasks))
+        return plan(self, tasks)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(base, "_ELEMENTS", elements)
+        patched.setattr(APOLLO, "_plan", counted)
+        generator = torch.Generator().manual_seed(5)
+        params = [nn.Parameter(torch.randn(SHAPE, generator=generator)) for _ in range(num)]
+        optimizer = APOLLO(params, lr=1e-2, **options)
+        for _ in range(3):
+            bundles.clear()
+            for i, p in enumerate(params):
+                g = torch.randn(SHAPE, generator=generator)
+                p.grad = g.t().contiguous().t() if i in transposed else g
+            optimizer.step()
+    states = [x for p in params for x in optimizer.state[p].values() if isinstance(x, Tensor)]
+    assert all(int(optimizer.state[p]["step"]) == 3 for p in params)
+    return [*(p.detach() for p in params), *states], bundles
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_tensors_of_one_shape_have_the_same_bits_alone_and_together(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, ones = stepped(monkeypatch, 5, elements=1, rank=1, backend=backend)
+    together, all_of_them = stepped(monkeypatch, 5, rank=1, backend=backend)
+    assert (ones, all_of_them) == ([1] * 5, [5])
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_bundle_takes_at_most_a_quarter_of_the_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A tensor has 576 numbers, and so much scratch memory has the step; R has 24 for each rank.
+    for rank, expected in ((1, [5]), (2, [3, 2]), (6, [1] * 5)):
+        _, bundles = stepped(monkeypatch, 5, rank=rank)
+        assert bundles == expected
+
+
+def test_a_gradient_that_would_be_copied_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = stepped(monkeypatch, 4, rank=1)
+    mixed, bundles = stepped(monkeypatch, 4, rank=1, transposed=[2])
+    assert sorted(bundles) == [1, 3]
+    for one, other in zip(plain, mixed, strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=0)
