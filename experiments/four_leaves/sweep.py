@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "v2 without clipping": _change(_V2, _training(max_grad_norm=0.0), {"monitor": {"action": "warn"}}),
     },
     # From the weights of v2: one sentence, again and again, at ten times the rate.
-    "collapse": {"forced collapse": _change(_V2, {"monitor": {"every": 10, "action": "stop"}})},
+    "collapse": {"forced collapse": _change(_V2, {"monitor": {"every": 2}}, _training(logging_steps=2))},
     "precision": {
         **{
             f"compute {kind}": _change(_V2, {"precision": {"compute": kind}})
@@ -93,7 +93,8 @@ def configuration(stage: str, name: str, seed: int, told: argparse.Namespace, di
         {"monitor": {"action": "stop", "patience": 5}},
         VARIANTS[stage][name],
         _training(
-            output_dir=str(directory / "out"), max_steps=steps, seed=seed, save_strategy="steps", save_steps=max(1, steps // 6),
+            output_dir=str(directory / "out"), max_steps=steps, seed=seed, save_strategy="steps",
+            save_steps=2 if stage == "collapse" else max(1, steps // 6),
             save_total_limit=1, report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
             **({"learning_rate": told.lr} if told.lr else {}),
         ),
