@@ -1,27 +1,28 @@
-"""The tables of docs/guide/speed.md, from benchmarks/results.
+"""The tables of docs/guide/speed.md and training.md, from benchmarks/results.
 
 python benchmarks/tables.py            # prints them
-python benchmarks/tables.py --write    # puts them into the guide, between the marks
+python benchmarks/tables.py --write    # puts them into the guides, between the marks
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GUIDE = ROOT / "docs" / "guide" / "speed.md"
+GUIDES = ROOT / "docs" / "guide"
 MARKS = "<!-- table of {}.json: made by benchmarks/tables.py -->", "<!-- end of {}.json -->"
 
 
 def setting(found: dict[str, Any]) -> str:
     environment = found["environment"]
+    threads = f"{found['threads']} threads of " if "threads" in found else ""
     return (
         f"`{environment['command']}` at {environment['commit'][:10]}; torch {environment['versions']['torch']}, "
-        f"{found['threads']} threads of {environment['hardware']['cpu']}."
+        f"{threads}{environment['hardware']['cpu']}."
     )
 
 
@@ -77,21 +78,66 @@ def end_to_end(found: dict[str, Any]) -> Iterator[str]:
     yield f"Tokens a step: {batches}; n = {num} steps each. {setting(found)}"
 
 
-TABLES = {"optimizer_step": optimizer_step, "end_to_end": end_to_end}
+def training(found: dict[str, Any]) -> Iterator[str]:
+    """The rate is a ratio to the bare Trainer in the same turn, median."""
+    yield "| run | tokens/s | x bare Trainer | step, ms (quartiles) | peak, MB |"
+    yield "|---|---|---|---|---|"
+    for name, arm in found["arms"].items():
+        step = arm["step_seconds"]
+        low, high = (1e3 * x for x in step["quartiles"])
+        yield (
+            f"| {name} | {arm['tokens_per_second']:,.0f} | {arm['rate_beside_bare']:.3f} "
+            f"| {1e3 * step['median']:.0f} ({low:.0f} to {high:.0f}) | {arm['peak_bytes'] / 1e6:,.0f} |"
+        )
+    yield ""
+    settings = found["settings"]
+    num = next(iter(found["arms"].values()))["step_seconds"]["n"]
+    size = f"LLaMA-9M in float32, {settings['batch']} x {settings['length']} tokens a step"
+    yield f"{size}, n = {num} turns of {settings['turn']} steps. {setting({**found, 'threads': settings['threads']})}"
+
+
+def sft(found: dict[str, Any]) -> Iterator[str]:
+    """Held-out accuracy; the rise is paired, item by item."""
+    num, baseline = len(found["baseline"]), found["summary"]["baseline"]
+    yield "| ARC-Easy, test | accuracy | rise | in standard errors | loss, first to last ten steps |"
+    yield "|---|---|---|---|---|"
+    yield f"| before | {baseline:.4f} | | | |"
+    for run in found["runs"]:
+        yield (
+            f"| one epoch, seed {run['seed']} | {run['accuracy']:.4f} | {run['rise']:+.4f} ± {run['standard_error']:.4f} "
+            f"| {run['in_errors']:.1f} | {run['losses'][0]:.2f} to {run['losses'][-1]:.2f} |"
+        )
+    yield ""
+    options, items = found["options"], found["summary"]["items"]
+    yield (
+        f"{items['train']} items to train on, {num} held out, chance {items['chance']:.3f}; APOLLO of rank {options['rank']}, "
+        f"lr {options['lr']:g}, batches of {options['batch_size']}. {setting(found)}"
+    )
+
+
+# Each table, and the guide that it is in.
+TABLES: dict[str, tuple[Callable[[dict[str, Any]], Iterator[str]], str]] = {
+    "optimizer_step": (optimizer_step, "speed.md"),
+    "end_to_end": (end_to_end, "speed.md"),
+    "training": (training, "training.md"),
+    "sft": (sft, "training.md"),
+}
 
 
 def table(name: str) -> str:
-    return "\n".join(TABLES[name](json.loads((RESULTS / f"{name}.json").read_text())))
+    make, _ = TABLES[name]
+    return "\n".join(make(json.loads((RESULTS / f"{name}.json").read_text())))
 
 
-def replaced(text: str) -> str:
+def replaced(guide: Path) -> str:
     """The guide with the tables of today's results."""
-    for name in TABLES:
+    text = guide.read_text()
+    for name, (_, place) in TABLES.items():
+        if place != guide.name:
+            continue
         first, last = (mark.format(name) for mark in MARKS)
         if text.count(first) != 1 or text.count(last) != 1:
-            sys.exit(
-                f"{GUIDE.relative_to(ROOT)} has not exactly one {first} and {last}: put them where the table is to be"
-            )
+            sys.exit(f"{guide} has not exactly one {first} and {last}: put them where the table is to be")
         before, _, rest = text.partition(first)
         text = f"{before}{first}\n\n{table(name)}\n\n{last}{rest.partition(last)[2]}"
     return text
@@ -99,9 +145,10 @@ def replaced(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into the guide")
+    parser.add_argument("--write", action="store_true", help="put the tables into the guides")
     if parser.parse_args().write:
-        GUIDE.write_text(replaced(GUIDE.read_text()))
+        for guide in dict.fromkeys(GUIDES / place for _, place in TABLES.values()):
+            guide.write_text(replaced(guide))
     else:
         print("\n\n".join(map(table, TABLES)))
 

@@ -1,17 +1,20 @@
 """The tables and the plot of the README, from results/runs.jsonl.
 
-python experiments/four_leaves/table.py
+python experiments/four_leaves/table.py            # prints the tables
+python experiments/four_leaves/table.py --write    # puts them into README.md, between the marks
 python experiments/four_leaves/table.py --plot experiments/four_leaves/scores.svg    # needs insitu[plots]
 """
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 THRESHOLD = 30
+MARKS = ("<!-- tables: made by table.py -->", "<!-- end of tables -->")
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -41,6 +44,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def setting(rows: list[dict[str, Any]]) -> str:
+    """Where the rows come from."""
+    found = [row["environment"] for row in rows]
+    told = [
+        *dict.fromkeys(f"commit {one['commit'][:10]}" for one in found),
+        *dict.fromkeys(f"{name} {version}" for one in found for name, version in one["versions"].items()),
+        *dict.fromkeys(f"{one['hardware']['cores']} cores of {one['hardware']['cpu']}" for one in found),
+    ]
+    return f"{len(rows)} runs, one thread each, beside another: {', '.join(told)}."
+
+
+def write(text: str, readme: Path) -> None:
+    first, last = MARKS
+    whole = readme.read_text()
+    if not 0 <= whole.find(first) < whole.find(last):
+        raise SystemExit(f"{readme} needs the two lines {first} and {last}")
+    readme.write_text(re.sub(f"{first}.*{last}", lambda _: f"{first}\n\n{text}\n\n{last}", whole, flags=re.DOTALL))
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Scores over the steps of v1, v2 and the forced collapse; of the last, the loss too."""
     from matplotlib.figure import Figure
@@ -68,11 +90,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, default=HERE / "results" / "runs.jsonl")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="an .svg or .png")
     told = parser.parse_args()
     rows = [json.loads(line) for line in told.rows.read_text().splitlines()]
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        print(f"\n{stage}\n\n{table([row for row in rows if row['stage'] == stage])}")
+    stages = dict.fromkeys(row["stage"] for row in rows)
+    text = "\n\n".join(f"### {stage}\n\n{table([row for row in rows if row['stage'] == stage])}" for stage in stages)
+    text += f"\n\n{setting(rows)}"
+    if told.write:
+        write(text, HERE / "README.md")
+    else:
+        print(text)
     if told.plot:
         plot(rows, told.plot)
 

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 import insitu.optim.base as optim_base
+import insitu.optim.bundles as optim_bundles
 from insitu.live import server as server_module
 from insitu.live.control import EngineClient
 from insitu.live.engines.batching import Batcher
@@ -156,7 +157,7 @@ def in_learner(points: Points) -> None:
     pass_by(Store, "update_rollback", points, before="before note")
     pass_by(Store, "abandon", points, before="abandon")
     _count_tensors(points)
-    optim_base._ELEMENTS = 1  # tensors go one by one, so that a kill can come between any two
+    optim_bundles._ELEMENTS = 1  # tensors go one by one, so that a kill can come between any two
     run = optim_base.run
 
     def run_and_pass(*args: Any, **options: Any) -> list[Callable[[Any], None]]:

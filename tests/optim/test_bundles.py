@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from insitu import APOLLO
-from insitu.optim import base
+from insitu.optim import bundles
+from insitu.optim.task import Task
 
 SHAPE = (24, 24)
 
@@ -22,28 +23,28 @@ def stepped(
     **options: Any,
 ) -> tuple[list[Tensor], list[int]]:
     """All weights and states after three steps, and how many tensors went together in the last one."""
-    bundles: list[int] = []
+    sizes: list[int] = []
     plan = APOLLO._plan
 
-    def counted(self: APOLLO, tasks: Sequence[base.Task]) -> Any:
-        bundles.append(len(tasks))
+    def counted(self: APOLLO, tasks: Sequence[Task]) -> Any:
+        sizes.append(len(tasks))
         return plan(self, tasks)
 
     with monkeypatch.context() as patched:
-        patched.setattr(base, "_ELEMENTS", elements)
+        patched.setattr(bundles, "_ELEMENTS", elements)
         patched.setattr(APOLLO, "_plan", counted)
         generator = torch.Generator().manual_seed(5)
         params = [nn.Parameter(torch.randn(SHAPE, generator=generator)) for _ in range(num)]
         optimizer = APOLLO(params, lr=1e-2, **options)
         for _ in range(3):
-            bundles.clear()
+            sizes.clear()
             for i, p in enumerate(params):
                 g = torch.randn(SHAPE, generator=generator)
                 p.grad = g.t().contiguous().t() if i in transposed else g
             optimizer.step()
     states = [x for p in params for x in optimizer.state[p].values() if isinstance(x, Tensor)]
     assert all(int(optimizer.state[p]["step"]) == 3 for p in params)
-    return [*(p.detach() for p in params), *states], bundles
+    return [*(p.detach() for p in params), *states], sizes
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])

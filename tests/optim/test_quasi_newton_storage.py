@@ -100,9 +100,9 @@ def test_bf16_moments_and_directions_draw_different_bits() -> None:
 
 
 def _tasks(optimizer: ApolloQN) -> list[Any]:
-    from insitu.optim.base import _Backends
+    from insitu.optim.bundles import Backends
 
-    return [optimizer._task(place, _Backends(optimizer._scratch)) for place in optimizer.places()]
+    return [optimizer._task(place, Backends(optimizer._scratch)) for place in optimizer.places()]
 
 
 def test_float64_weights_are_not_rounded_to_float32() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from insitu.optim import options
-from insitu.optim.base import Task, TensorWise, Write, contiguous
+from insitu.optim.base import TensorWise, Write
 from insitu.optim.elementwise import arithmetic, plan_adamw, plan_sgd
 from insitu.optim.exchange import Links, Plan
 from insitu.optim.projection import (
@@ -31,6 +31,7 @@ from insitu.optim.projection import (
 from insitu.optim.sharding import Part, Split, distributed, local_of, split, whole_of
 from insitu.optim.step import Backend
 from insitu.optim.step.reference import auto_alpha, plan
+from insitu.optim.task import Task, contiguous
 from insitu.optim.tensors import name_of, refuse_flattened
 
 _log = logging.getLogger(__name__)

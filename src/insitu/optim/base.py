@@ -7,89 +7,24 @@ need few collectives, and what a user gave is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from insitu.optim.bundles import Backends, bundled
 from insitu.optim.counting import StepCounts
 from insitu.optim.exchange import Links, Plan, run
-from insitu.optim.quantized import backend_for, refuse_for_int8
-from insitu.optim.rounding import Precision
+from insitu.optim.quantized import refuse_for_int8
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, distributed, local_gradient, local_of, part_of
-from insitu.optim.step import Backend, choose
+from insitu.optim.step import Backend
 from insitu.optim.step.scratch import Scratch
+from insitu.optim.task import Place, Task, refuse_nonfinite
 from insitu.optim.tensors import name_of, readable, refuse_changed, refuse_other_state, refuse_unsuitable
 
 Write = Callable[[Backend], None]
-_ELEMENTS = 1 << 26  # of tensors that go together
-_SHARE = 4  # that part of a step's scratch memory is a bundle's at most: larger ones would leave more of it empty
-
-
-class Place(NamedTuple):
-    """One parameter, and what its place among all says of it."""
-
-    parameter: Tensor
-    group: dict[str, Any]
-    name: str  # for messages only
-    position: int
-
-
-class Task(NamedTuple):
-    """One tensor in one step."""
-
-    parameter: Tensor
-    group: dict[str, Any]
-    name: str
-    part: Part
-    gradient: Tensor  # of the part
-    done: int  # updates so far
-    state: dict[str, Any]
-    backend: Backend
-
-    def moments(self, *names: str) -> list[Tensor]:
-        """State tensors, the parts that are here, in float32: themselves where they are stored so."""
-        return [local_of(self.state[name]).float() for name in names]
-
-    def store_moments(self, computed: dict[str, Tensor]) -> None:
-        """Write back what :meth:`moments` gave, where that was a copy."""
-        for name, value in computed.items():
-            if (stored := local_of(self.state[name])).dtype != torch.float32:
-                self.moment_precision(name).write(stored, value.view(stored.shape))
-
-    def moment_precision(self, name: str) -> Precision:
-        """Stochastic: rounded to nearest in bf16, a second moment times 0.999 would be itself, and never decay."""
-        if self.state[name].dtype != torch.bfloat16:
-            return Precision()
-        salt = 1 + sum(name.encode())
-        return Precision(mix(self.state["seed"], self.done, salt), part_of(self.state[name], name).start)
-
-    @property
-    def precision(self) -> Precision:
-        """How the parameter is stored."""
-        p, how = self.part.tensor, self.group["rounding"]
-        if self.part.groups is not None:
-            key = mix(self.state["seed"], self.done) if how == "stochastic" else None
-            return Precision(key, self.part.start, groups=self.part.groups)
-        if p.dtype == torch.bfloat16 and how == "stochastic":
-            return Precision(mix(self.state["seed"], self.done), self.part.start)
-        if "residual" in self.state:
-            return Precision(residual=local_of(self.state["residual"]))
-        return Precision()
-
-
-@contextmanager
-def contiguous(tasks: Sequence[Task], shape: Sequence[int]) -> Iterator[list[Tensor]]:
-    """The weights, each as ``shape``, to be written; those that are not contiguous are copies, and copied back."""
-    weights = [task.part.tensor for task in tasks]
-    W = [weight.contiguous() for weight in weights]
-    yield [w.view(shape) for w in W]
-    for weight, w in zip(weights, W, strict=True):
-        if w is not weight:
-            weight.copy_(w)
 
 
 class TensorWise(Optimizer):
@@ -241,11 +176,11 @@ class TensorWise(Optimizer):
         for group in self.param_groups:
             self._check(group)
         held = [place for place in self.places() if place.parameter.grad is not None and place.parameter.numel()]
-        write_tensors, _ = self._prepare(held, _Backends(self._scratch))
+        write_tensors, _ = self._prepare(held, Backends(self._scratch))
 
         @torch.no_grad()
         def write() -> None:
-            write_tensors(_Backends(self._scratch))  # the number of threads may be another by now
+            write_tensors(Backends(self._scratch))  # the number of threads may be another by now
             self.observe(place.parameter for place in held)
 
         return write
@@ -259,7 +194,7 @@ class TensorWise(Optimizer):
         """
         for group in self.param_groups:
             self._check(group)
-        backends = _Backends(self._scratch)
+        backends = Backends(self._scratch)
 
         @torch.no_grad()
         def update(place: Place) -> Tensor:
@@ -278,20 +213,13 @@ class TensorWise(Optimizer):
                 position += 1
 
     def _prepare(
-        self, places: Sequence[Place], backends: _Backends
-    ) -> tuple[Callable[[_Backends], None], dict[int, Tensor]]:
+        self, places: Sequence[Place], backends: Backends
+    ) -> tuple[Callable[[Backends], None], dict[int, Tensor]]:
         """The first half of a step of these tensors, which have gradients; the second, still without :meth:`observe`, and the
         |G|^2 of each, by bundle."""
         tasks = [self._task(place, backends) for place in places]
-        bundles: dict[Hashable, list[Task]] = {}
-        for i, task in enumerate(tasks):
-            key = self._together(task)
-            bundles.setdefault(i if key is None else (key,), []).append(task)
         room = max((task.part.tensor.nbytes for task in tasks), default=0)
-        plans: list[list[Task]] = []
-        for together in bundles.values():
-            waiting = self._waiting(together[0])
-            plans += _of_moderate_size(together, room // (_SHARE * waiting) if waiting else len(together))
+        plans = bundled(tasks, self._together, self._waiting, room)
         self._scratch.begin(room)
         squares: dict[int, Tensor] = {}
 
@@ -302,12 +230,12 @@ class TensorWise(Optimizer):
             if readable(square) and not square.isfinite().all():
                 for task, finite in zip(together, square.isfinite().tolist(), strict=True):
                     if not finite:
-                        _refuse_nonfinite(task)
+                        refuse_nonfinite(task)
 
         links = [self._links(each[0]) if len(each) == 1 else Links() for each in plans]
         writes = run([self._plan(each) for each in plans], links, inspect)
 
-        def write(backends: _Backends) -> None:
+        def write(backends: Backends) -> None:
             for i, (together, write_tensors) in enumerate(zip(plans, writes, strict=True)):
                 write_tensors(backends.of(together[0].group, together[0].part.tensor))
                 finite = squares[i].isfinite()
@@ -324,7 +252,7 @@ class TensorWise(Optimizer):
         """The end of a step of these tensors: the host will know, without waiting for a device, how many each has had."""
         self._counts.observe({p: self.state[p] for p in stepped})
 
-    def _task(self, place: Place, backends: _Backends) -> Task:
+    def _task(self, place: Place, backends: Backends) -> Task:
         p, group, name, position = place
         grad = p.grad
         assert grad is not None
@@ -350,29 +278,8 @@ class TensorWise(Optimizer):
         done, newly_skipped = self._counts.read(p, state)
         task = Task(p, group, name, part, local_gradient(p, grad), done, state, backends.of(group, part.tensor))
         if newly_skipped:
-            _refuse_nonfinite(task)
+            refuse_nonfinite(task)
         return task
-
-
-class _Backends:
-    """The backends of one half of a step, each made once."""
-
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch = scratch
-        self._made: dict[tuple[str, torch.device], Backend] = {}
-
-    def of(self, group: dict[str, Any], p: Tensor) -> Backend:
-        chosen = backend_for(p, group["backend"]), p.device
-        if chosen not in self._made:
-            self._made[chosen] = choose(*chosen, self._scratch)
-        return self._made[chosen]
-
-
-def _of_moderate_size(tasks: list[Task], fitting: int) -> Iterator[list[Task]]:
-    """Together while the calls cost more than the arithmetic, and at most ``fitting``."""
-    num = max(1, min(fitting, _ELEMENTS // max(1, tasks[0].part.tensor.numel())))
-    for first in range(0, len(tasks), num):
-        yield tasks[first : first + num]
 
 
 def _compensated(p: Tensor, group: dict[str, Any]) -> bool:
@@ -385,12 +292,3 @@ def _residual(p: Tensor, group: dict[str, Any], part: Part) -> dict[str, Tensor]
         return {}
     residual = torch.zeros_like(part.tensor, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     return {"residual": distributed(residual, part.shape, part, part.placements)}
-
-
-def _refuse_nonfinite(task: Task) -> None:
-    if task.group["nonfinite"] == "error":
-        raise ValueError(
-            f"the gradient of {task.name} is not finite (NaN or infinity, or a norm beyond 1e19): expected finite numbers; the "
-            "tensor was not changed. Find the cause (a bad batch, a learning rate that is too high), or set nonfinite='skip' "
-            "to leave such a tensor out of the step and count it in its state"
-        )

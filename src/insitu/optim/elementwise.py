@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from insitu.optim.base import Task, Write, contiguous
+from insitu.optim.base import Write
 from insitu.optim.exchange import Plan, Sum
 from insitu.optim.sharding import local_of
 from insitu.optim.step import Backend
 from insitu.optim.step.reference import is_live
+from insitu.optim.task import Task, contiguous
 
 
 def arithmetic(task: Task) -> dict[str, Any]:

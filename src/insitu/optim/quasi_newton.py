@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from insitu.optim import options
-from insitu.optim.base import Task, TensorWise, Write
+from insitu.optim.base import TensorWise, Write
 from insitu.optim.exchange import Plan
 from insitu.optim.sharding import Part, distributed, local_of
 from insitu.optim.step import Backend
 from insitu.optim.step.quasi_newton import State, Stored, descend, pieces, plan, warmed_up
 from insitu.optim.step.reference import Reference
+from insitu.optim.task import Task
 from insitu.optim.tensors import readable
 
 _ENOUGH_WARMUP = 100  # "Please set warmup to at least 100 updates to achieve stable convergence": the author's notes

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from insitu.optim.base import Place, TensorWise
+from insitu.optim.base import TensorWise
 from insitu.optim.buckets import update_after_averaging
 from insitu.optim.released import free, is_released
 from insitu.optim.sharding import is_dtensor
+from insitu.optim.task import Place
 from insitu.optim.tensors import readable
 
 
