@@ -12,7 +12,15 @@ from insitu.data import template
 from insitu.data.jsonl import read_jsonl
 from insitu.data.messages import DataError, TooLongError, check_example, check_messages
 
-__all__ = ["DataError", "Example", "encode_continuation", "encode_messages", "encode_prompt", "read_jsonl"]
+__all__ = [
+    "DataError",
+    "Example",
+    "encode_continuation",
+    "encode_messages",
+    "encode_prompt",
+    "encode_question",
+    "read_jsonl",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,20 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
     turns = check_messages(messages)
     template.refuse_control_tokens(tokenizer, turns, template.control_tokens(tokenizer))
     return template.encode(tokenizer, template.render(tokenizer, turns, add_generation_prompt=True))
+
+
+def encode_question(tokenizer: Any, text: str) -> list[int]:
+    """Token ids that put ``text`` to the model: as a user's turn; where there is no chat template, as text to go on from.
+
+    Raises:
+        DataError: it contains a control token of the template, or encodes to no token.
+    """
+    if tokenizer.chat_template:
+        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    ids: list[int] = tokenizer(text)["input_ids"]  # with what the tokenizer puts before a text
+    if not ids:
+        raise DataError(f"{text!r} encodes to no token; give a text with a word in it")
+    return ids
 
 
 def encode_continuation(

@@ -74,7 +74,8 @@ def refuse_control_tokens(tokenizer: Any, turns: Sequence[Message], control: Con
 def _template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         raise DataError(
-            "this model's tokenizer has no chat template; send context_ids and continuation_ids, or use a chat model",
+            "this model's tokenizer has no chat template: ask it through /v1/completions and teach it with context_ids and "
+            "continuation_ids, or use a chat model",
             "messages",
         )
     template: str = tokenizer.get_chat_template()

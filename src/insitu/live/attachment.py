@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from insitu.data.batch import collate
-from insitu.data.chat import Example, encode_continuation, encode_messages, encode_prompt
+from insitu.data.chat import Example, encode_continuation, encode_messages, encode_question
 from insitu.data.loss import target_logprobs
 from insitu.live import canaries, prompts, proof
 from insitu.live.control import EngineClient
@@ -67,7 +67,7 @@ class Attachment:
         """This server has not answered anybody yet: show that it reads what lies in the arena."""
         head = self.head()
         speed = proof.compare(self.views, self.versions.iter_version(head), self.aliases)
-        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompts.CANARIES[0]}])
+        ids = encode_question(self.tokenizer, prompts.CANARIES[0])
         last = [name for name, parameter in self.model.named_parameters() if parameter.dim() == 1][-1]
 
         def expose() -> None:
@@ -79,7 +79,7 @@ class Attachment:
 
     def _agree(self) -> None:
         """Server and learner say the same of the same text, as far as their kernels allow."""
-        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompts.CANARIES[0]}])
+        ids = encode_question(self.tokenizer, prompts.CANARIES[0])
         if not (found := self.gap(ids)) <= MAX_GAP_AT_START:
             raise attach.AttachError(
                 f"server and learner disagree by {found:.2f} nats per token on the same text; the limit is {MAX_GAP_AT_START}"
@@ -93,7 +93,7 @@ class Attachment:
 
     def replies(self, questions: Sequence[str], max_tokens: int) -> list[Example]:
         """The served model's own greedy replies to these questions, as examples."""
-        asked = [encode_prompt(self.tokenizer, [{"role": "user", "content": question}]) for question in questions]
+        asked = [encode_question(self.tokenizer, question) for question in questions]
         told = self.engine.generate(asked, max_tokens)
         return [
             Example([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))

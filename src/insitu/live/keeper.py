@@ -59,7 +59,11 @@ class LearnerKeeper:
             if (self._learner is not None and self._learner.poll() is None) or held(self.state_dir / "learner.lock"):
                 continue
             if self._learner is not None:
-                log.warning("the learner ended (exit code %s); starting another", self._learner.returncode)
+                log.warning(
+                    "the learner ended (exit code %s); starting another; what it said is in %s",
+                    self._learner.returncode,
+                    self.state_dir / "learner.log",
+                )
                 delay = 0.5 if time.monotonic() - started > 60 else min(30.0, delay * 2)
                 if self._stopping.wait(delay):
                     return

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
-from insitu.data.chat import encode_prompt
+from insitu.data.chat import encode_question
 from insitu.data.messages import DataError
 from insitu.live import prompts
 from insitu.live.api.auth import learn_key
@@ -63,7 +63,7 @@ def _check(serving: Serving, prompt: str) -> None:
     if prompt in prompts.CANARIES:
         raise DataError("this prompt ships as a canary already", "prompt")
     try:
-        ids = encode_prompt(serving.tokenizer, [{"role": "user", "content": prompt}])
+        ids = encode_question(serving.tokenizer, prompt)
     except DataError as error:
         raise DataError(str(error), "prompt") from error
     room = serving.engine.info.context_length - ROOM
