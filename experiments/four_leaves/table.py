@@ -73,13 +73,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for row in (row for row in rows if row["name"] == name):
             steps, scores, _ = zip(*row["scores"], strict=True)
             left.plot(steps, scores, color=colour, alpha=0.7, label=name if row["seed"] == 0 else None)
-    left.set(title="the two recipes", xlabel="step", ylabel="score of the samples", ylim=(0, 100))
+    left.set(title="the two recipes", xlabel="step", ylabel="score of the samples", ylim=(0, 102))
     loss = right.twinx()
     for row in (row for row in rows if row["name"] == "forced collapse"):
         steps, scores, losses = zip(*row["scores"], strict=True)
         right.plot(steps, scores, color="tab:blue", alpha=0.7)
         loss.plot(steps, losses, color="tab:gray", alpha=0.7)
-    right.set(title="one sentence, repeated", xlabel="step", ylim=(0, 100))
+    right.set(title="one sentence, repeated", xlabel="step", ylim=(0, 102))
     loss.set_ylabel("training loss, gray (nats per token)")
     for axes in (left, right):
         axes.axhline(THRESHOLD, color="black", linestyle=":")
