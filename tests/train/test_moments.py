@@ -95,6 +95,16 @@ def test_any_shape_comes_back_within_a_place_of_its_block(kind: str, shape: tupl
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exponent", range(-45, -30))
+def test_a_block_that_has_decayed_to_nothing_is_nothing(kind: str, exponent: int) -> None:
+    x = torch.zeros(300)
+    x[:3] = torch.tensor([1.0, -0.5, 0.25]) * 10.0**exponent
+    found = decode(*encode(x, FORMATS[kind], torch.rand(300)))
+    assert found.isfinite().all()
+    assert (found - x).abs().max() <= max(float(x[0]) / 8, 1e-33)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zeros_stay_zero(kind: str) -> None:
     numbers, scales = encode(torch.zeros(300), FORMATS[kind], torch.rand(300))
     assert torch.equal(decode(numbers, scales), torch.zeros(300))

@@ -75,7 +75,9 @@ def encode(x: Tensor, format: Format, uniform: Tensor) -> tuple[Tensor, Tensor |
     if format.largest is not None:
         flat = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
         scales = flat.abs().amax(1) / format.largest
-        x = _times(x, torch.where(scales > 0, 1 / scales, torch.zeros_like(scales)))
+        # Below that the inverse is infinite: a row of an embedding whose token does not come decays so far in 900 steps.
+        scales = torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 0.0)
+        x = _times(x, torch.where(scales > 0, 1 / scales, 0.0))
     # The distance between neighbours of the type at x, a power of two.
     _, exponent = torch.frexp(x)
     spacing = torch.ldexp(torch.ones_like(x), (exponent - 1).clamp(min=format.exponent) - format.digits)
