@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # a test loads this file by its path
+from marks import between, commit
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GUIDES = ROOT / "docs" / "guide"
@@ -21,7 +24,7 @@ def setting(found: dict[str, Any]) -> str:
     environment = found["environment"]
     threads = f"{found['threads']} threads of " if "threads" in found else ""
     return (
-        f"`{environment['command']}` at {environment['commit'][:10]}; torch {environment['versions']['torch']}, "
+        f"`{environment['command']}` at {commit(environment['commit'])}; torch {environment['versions']['torch']}, "
         f"{threads}{environment['hardware']['cpu']}."
     )
 
@@ -135,11 +138,8 @@ def replaced(guide: Path) -> str:
     for name, (_, place) in TABLES.items():
         if place != guide.name:
             continue
-        first, last = (mark.format(name) for mark in MARKS)
-        if text.count(first) != 1 or text.count(last) != 1:
-            sys.exit(f"{guide} has not exactly one {first} and {last}: put them where the table is to be")
-        before, _, rest = text.partition(first)
-        text = f"{before}{first}\n\n{table(name)}\n\n{last}{rest.partition(last)[2]}"
+        first, last = MARKS
+        text = between(text, (first.format(name), last.format(name)), table(name), guide)
     return text
 
 

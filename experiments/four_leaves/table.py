@@ -7,12 +7,15 @@ python experiments/four_leaves/table.py --plot experiments/four_leaves/scores.sv
 
 import argparse
 import json
-import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
+from marks import between, commit  # noqa: E402
+
 THRESHOLD = 30
 MARKS = ("<!-- tables: made by table.py -->", "<!-- end of tables -->")
 
@@ -48,19 +51,11 @@ def setting(rows: list[dict[str, Any]]) -> str:
     """Where the rows come from."""
     found = [row["environment"] for row in rows]
     told = [
-        *dict.fromkeys(f"commit {one['commit'][:10]}" for one in found),
+        *dict.fromkeys(f"commit {commit(one['commit'])}" for one in found),
         *dict.fromkeys(f"{name} {version}" for one in found for name, version in one["versions"].items()),
         *dict.fromkeys(f"{one['hardware']['cores']} cores of {one['hardware']['cpu']}" for one in found),
     ]
-    return f"{len(rows)} runs, one thread each, beside another: {', '.join(told)}."
-
-
-def write(text: str, readme: Path) -> None:
-    first, last = MARKS
-    whole = readme.read_text()
-    if not 0 <= whole.find(first) < whole.find(last):
-        raise SystemExit(f"{readme} needs the two lines {first} and {last}")
-    readme.write_text(re.sub(f"{first}.*{last}", lambda _: f"{first}\n\n{text}\n\n{last}", whole, flags=re.DOTALL))
+    return f"{len(rows)} runs on one or two threads, most beside another: {', '.join(told)}."
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -98,7 +93,8 @@ def main() -> None:
     text = "\n\n".join(f"### {stage}\n\n{table([row for row in rows if row['stage'] == stage])}" for stage in stages)
     text += f"\n\n{setting(rows)}"
     if told.write:
-        write(text, HERE / "README.md")
+        readme = HERE / "README.md"
+        readme.write_text(between(readme.read_text(), MARKS, text, readme))
     else:
         print(text)
     if told.plot:

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from statistics import mean, stdev
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
+from marks import between  # noqa: E402
+
 DEFAULTS = {"projection": "gaussian", "denominator": "projected"}  # not told in an arm's name
 MARKS = ("<!-- tables: made by table.py -->", "<!-- end of tables -->")
 
@@ -159,14 +163,6 @@ def tables(results: Results) -> str:
     return "\n".join(parts)
 
 
-def write(text: str, readme: Path) -> None:
-    start, end = MARKS
-    whole = readme.read_text()
-    if not 0 <= whole.find(start) < whole.find(end):
-        raise SystemExit(f"{readme} needs the two lines {start} and {end}")
-    readme.write_text(re.sub(f"{start}.*{end}", lambda _: f"{start}\n\n{text}\n\n{end}", whole, flags=re.DOTALL))
-
-
 def plot(results: Results, path: Path) -> None:
     """Left: final loss by learning rate. Right: each arm less AdamW, a dot a seed."""
     import matplotlib as mpl
@@ -223,7 +219,8 @@ def main() -> None:
     results = Results([json.loads(line) for line in told.runs.read_text().splitlines()])
     text = tables(results)
     if told.write:
-        write(text, HERE / "README.md")
+        readme = HERE / "README.md"
+        readme.write_text(between(readme.read_text(), MARKS, text, readme))
     else:
         print(text)
     if told.plot:
