@@ -1,11 +1,13 @@
 """Which tensors go through a step together: how many, and that it changes no bit."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from insitu import APOLLO
 from insitu.optim import bundles
@@ -63,6 +65,8 @@ def test_a_bundle_takes_at_most_a_quarter_of_the_scratch_memory(monkeypatch: pyt
     for rank, expected in ((1, [5]), (2, [3, 2]), (6, [1] * 5)):
         _, bundles = stepped(monkeypatch, 5, rank=rank)
         assert bundles == expected
+    _, bundles = stepped(monkeypatch, 5, rank=1, moments="bfloat16")  # with copies of M and V
+    assert bundles == [2, 2, 1]
 
 
 def test_a_gradient_that_would_be_copied_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +75,20 @@ def test_a_gradient_that_would_be_copied_goes_alone(monkeypatch: pytest.MonkeyPa
     assert sorted(bundles) == [1, 3]
     for one, other in zip(plain, mixed, strict=True):
         assert torch.allclose(one, other, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_moments_in_bf16_are_copied_a_bundle_at_a_time(backend: str) -> None:
+    params = [nn.Parameter(torch.randn(256, 256)) for _ in range(32)]
+    optimizer = APOLLO(params, rank=64, moments="bfloat16", projection="sketch", backend=backend)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()  # what is kept is made
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    allocated = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(allocated, key=lambda event: event.start_ns())]
+    one_tensor, all_copies = params[0].nbytes, sum(2 * 4 * optimizer.state[p]["exp_avg"].numel() for p in params)
+    waiting = one_tensor + 32 * 1024  # R, and sums per channel
+    assert waiting + 4 * one_tensor < all_copies
+    assert max(accumulate(changes)) < waiting + 4 * one_tensor

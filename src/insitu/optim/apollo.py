@@ -31,7 +31,7 @@ from insitu.optim.projection import (
 from insitu.optim.sharding import Part, Split, distributed, local_of, split, whole_of
 from insitu.optim.step import Backend
 from insitu.optim.step.reference import auto_alpha, plan
-from insitu.optim.task import Task, contiguous
+from insitu.optim.task import Task, moments_of, weights_of
 from insitu.optim.tensors import name_of, refuse_flattened
 
 _log = logging.getLogger(__name__)
@@ -233,7 +233,9 @@ class APOLLO(TensorWise):
     def _waiting(self, task: Task) -> int:
         if _layout(task.parameter, task.group, task.name) is None:
             return 0
-        return 4 * local_of(task.state["exp_avg"]).numel()  # R
+        M = local_of(task.state["exp_avg"])
+        copies = 0 if M.dtype == torch.float32 else 2  # of M and V; they do not wait, but a bundle's are there at once
+        return 4 * M.numel() * (1 + copies)
 
     def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
         task = tasks[0]
@@ -243,23 +245,22 @@ class APOLLO(TensorWise):
         return plan_sgd(tasks) if _sgd(task.group) else plan_adamw(tasks)
 
     def _plan_matrices(self, tasks: Sequence[Task], size: Layout) -> Plan[Write]:
+        """What is looked up is looked up before any kernel runs: after a pass over gradients the interpreter is cold."""
         group, part = tasks[0].group, tasks[0].part
         parts = split(part, size, tasks[0].name)
-        G = [task.gradient.reshape(parts.local) for task in tasks]
-        moments = [task.moments("exp_avg", "exp_avg_sq") for task in tasks]
-        M, V = ([each.view(parts.local[0], *each.shape[-2:]) for each in kind] for kind in zip(*moments, strict=True))
         vectors = _singular(tasks[0], size) if group["projection"] == "svd" else None
         projections = (
             [self._random(task, size, parts) for task in tasks]
             if vectors is None
             else [narrow(vectors.narrow(0, *parts.stack), *parts.projected)]
         )
-        eta_s, decay, live = yield from plan(
+        G = [task.gradient.reshape(parts.local) for task in tasks]
+        planned = plan(
             G,
-            M,
-            V,
+            moments_of(tasks, parts.local[0]),
             [local_of(task.state["update_norm"]).view(-1) for task in tasks],
             projections,
+            rank=size.rank,
             channel_dim=size.channel_dim,
             whole=part.mesh is None,
             alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
@@ -270,17 +271,21 @@ class APOLLO(TensorWise):
             scratch=self._scratch,
             **arithmetic(tasks[0]),
         )
-        for task, (m, v) in zip(tasks, moments, strict=True):
-            task.store_moments({"exp_avg": m, "exp_avg_sq": v})
-        if vectors is not None:
-            state = tasks[0].state
-            state["projection"] = torch.where(live > 0, vectors, state.get("projection", vectors))
+        weights, precisions = weights_of(tasks, parts.local), [task.precision for task in tasks]
 
-        def write(backend: Backend) -> None:
-            with contiguous(tasks, parts.local) as W:
-                backend.apply(W, G, eta_s, decay, live, [task.precision for task in tasks])
+        def steps() -> Plan[Write]:
+            eta_s, decay, live = yield from planned
+            if vectors is not None:
+                state = tasks[0].state
+                state["projection"] = torch.where(live > 0, vectors, state.get("projection", vectors))
 
-        return write
+            def write(backend: Backend) -> None:
+                with weights() as W:
+                    backend.apply(W, G, eta_s, decay, live, precisions)
+
+            return write
+
+        return steps()
 
     def _random(self, task: Task, size: Layout, parts: Split) -> Projection:
         kind, index = task.group["projection"], task.done // task.group["refresh"]

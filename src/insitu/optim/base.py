@@ -7,6 +7,7 @@ need few collectives, and what a user gave is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from math import isfinite
 from typing import Any, overload
 
 import torch
@@ -222,14 +223,17 @@ class TensorWise(Optimizer):
         plans = bundled(tasks, self._together, self._waiting, room)
         self._scratch.begin(room)
         squares: dict[int, Tensor] = {}
+        all_step: dict[int, bool] = {}  # known where the host can read it
 
         def inspect(i: int, own: Tensor, totals: Tensor) -> None:
             together = plans[i]
             square = totals[:1] if len(together) == 1 else own[0].view(len(together), -1).sum(1)
             squares[i] = square
-            if readable(square) and not square.isfinite().all():
-                for task, finite in zip(together, square.isfinite().tolist(), strict=True):
-                    if not finite:
+            if readable(square):
+                found = square.tolist()
+                all_step[i] = all(isfinite(x) and x != 0 for x in found)
+                for task, x in zip(together, found, strict=True):
+                    if not isfinite(x):
                         refuse_nonfinite(task)
 
         links = [self._links(each[0]) if len(each) == 1 else Links() for each in plans]
@@ -238,11 +242,11 @@ class TensorWise(Optimizer):
         def write(backends: Backends) -> None:
             for i, (together, write_tensors) in enumerate(zip(plans, writes, strict=True)):
                 write_tensors(backends.of(together[0].group, together[0].part.tensor))
-                finite = squares[i].isfinite()
-                stepped = finite & (squares[i] != 0)
-                if readable(stepped) and stepped.all():
+                if all_step.get(i):
                     torch._foreach_add_([task.state["step"] for task in together], 1)
                     continue
+                finite = squares[i].isfinite()
+                stepped = finite & (squares[i] != 0)
                 for count, counted in (("step", stepped), ("skipped", ~finite)):
                     torch._foreach_add_([task.state[count] for task in together], list(counted.long().unbind()))
 

@@ -13,7 +13,7 @@ from insitu.optim.exchange import Plan, Sum
 from insitu.optim.sharding import local_of
 from insitu.optim.step import Backend
 from insitu.optim.step.reference import is_live
-from insitu.optim.task import Task, contiguous
+from insitu.optim.task import Task, weights_of
 
 
 def arithmetic(task: Task) -> dict[str, Any]:
@@ -31,28 +31,38 @@ def _live(tasks: Sequence[Task], G: list[Tensor]) -> Plan[Tensor]:
 def plan_adamw(tasks: Sequence[Task]) -> Plan[Write]:
     """What is not projected: AdamW, element by element."""
     G = [task.gradient.reshape(-1) for task in tasks]
-    live = yield from _live(tasks, G)
+    M, V = ([local_of(task.state[name]).view(-1) for task in tasks] for name in ("exp_avg", "exp_avg_sq"))
+    how = [(task.moment_precision("exp_avg"), task.moment_precision("exp_avg_sq")) for task in tasks]
+    weights, precisions = weights_of(tasks, (-1,)), [task.precision for task in tasks]
 
-    def write(backend: Backend) -> None:
-        M, V = ([local_of(task.state[name]).view(-1) for task in tasks] for name in ("exp_avg", "exp_avg_sq"))
-        how = [(task.moment_precision("exp_avg"), task.moment_precision("exp_avg_sq")) for task in tasks]
-        precisions = [task.precision for task in tasks]
-        with contiguous(tasks, (-1,)) as W:
-            backend.adamw(W, G, M, V, live, precisions, how, **arithmetic(tasks[0]))
+    def steps() -> Plan[Write]:
+        live = yield from _live(tasks, G)
 
-    return write
+        def write(backend: Backend) -> None:
+            with weights() as W:
+                backend.adamw(W, G, M, V, live, precisions, how, **arithmetic(tasks[0]))
+
+        return write
+
+    return steps()
 
 
 def plan_sgd(tasks: Sequence[Task]) -> Plan[Write]:
     """Plain SGD with decoupled decay, and no state: G times eta."""
     group = tasks[0].group
-    G = [task.gradient.reshape(1, -1, task.precision.width) for task in tasks]
-    live = yield from _live(tasks, [g.view(-1) for g in G])
-    eta = live * (-group["lr"] if group["maximize"] else group["lr"])
-    decay = live * (group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
+    precisions = [task.precision for task in tasks]
+    G = [task.gradient.reshape(1, -1, precision.width) for task, precision in zip(tasks, precisions, strict=True)]
+    weights = weights_of(tasks, G[0].shape)
 
-    def write(backend: Backend) -> None:
-        with contiguous(tasks, G[0].shape) as W:
-            backend.apply(W, G, eta.view(-1, 1, 1), decay, live, [task.precision for task in tasks])
+    def steps() -> Plan[Write]:
+        live = yield from _live(tasks, [g.view(-1) for g in G])
+        eta = live * (-group["lr"] if group["maximize"] else group["lr"])
+        decay = live * (group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
 
-    return write
+        def write(backend: Backend) -> None:
+            with weights() as W:
+                backend.apply(W, G, eta.view(-1, 1, 1), decay, live, precisions)
+
+        return write
+
+    return steps()

@@ -78,7 +78,7 @@ class Sketch(NamedTuple):
     coordinates a fixed distance apart, such as the same dimension of several attention heads, do not always collide.
     """
 
-    order: Tensor  # (k r,) int64, every coordinate once; places that are left over hold 0 and have the sign 0
+    order: Tensor  # (k r,) int32, every coordinate once; places that are left over hold 0 and have the sign 0
     signs: Tensor  # (k r,) float32, -1 or +1, or 0
     rank: int
 
@@ -98,7 +98,7 @@ def make(kind: str, seed: int, refresh_index: int, size: Layout) -> Projection:
     if kind == "rademacher":  # P_ij = +-1/sqrt(r)
         return _signs((rank, m), generator).div_(sqrt(rank))
     assert kind == "sketch", kind
-    order, signs = torch.randperm(m, generator=generator), _signs((m,), generator)
+    order, signs = torch.randperm(m, generator=generator).int(), _signs((m,), generator)
     left_over = (0, -m % rank)
     return Sketch(nn.functional.pad(order, left_over), nn.functional.pad(signs, left_over), rank)
 
@@ -129,7 +129,7 @@ def narrow(projection: Projection, first: int, count: int) -> Projection:
     mine = ((order >= first) & (order < first + count) & (signs != 0)).view(-1, rank)
     place = (mine.cumsum(0) - 1).mul_(rank).add_(torch.arange(rank))[mine]  # the same bucket, without gaps
     num = int(mine.sum(0).max()) * rank
-    narrowed = Sketch(torch.zeros(num, dtype=torch.int64), torch.zeros(num), rank)
+    narrowed = Sketch(torch.zeros(num, dtype=torch.int32), torch.zeros(num), rank)
     narrowed.order[place] = order[mine.view(-1)] - first
     narrowed.signs[place] = signs[mine.view(-1)]
     return narrowed

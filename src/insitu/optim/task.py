@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from insitu.optim.rounding import Precision
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, local_of, part_of
 from insitu.optim.step import Backend
+
+Held = TypeVar("Held")
+# Copies, where they are needed, are made when it is asked for, and of a bundle at a time; everything else before.
+Access = Callable[[], AbstractContextManager[Held]]
 
 
 class Place(NamedTuple):
@@ -36,16 +40,6 @@ class Task(NamedTuple):
     state: dict[str, Any]
     backend: Backend
 
-    def moments(self, *names: str) -> list[Tensor]:
-        """State tensors, the parts that are here, in float32: themselves where they are stored so."""
-        return [local_of(self.state[name]).float() for name in names]
-
-    def store_moments(self, computed: dict[str, Tensor]) -> None:
-        """Write back what :meth:`moments` gave, where that was a copy."""
-        for name, value in computed.items():
-            if (stored := local_of(self.state[name])).dtype != torch.float32:
-                self.moment_precision(name).write(stored, value.view(stored.shape))
-
     def moment_precision(self, name: str) -> Precision:
         """Stochastic: rounded to nearest in bf16, a second moment times 0.999 would be itself, and never decay."""
         if self.state[name].dtype != torch.bfloat16:
@@ -67,15 +61,42 @@ class Task(NamedTuple):
         return Precision()
 
 
-@contextmanager
-def contiguous(tasks: Sequence[Task], shape: Sequence[int]) -> Iterator[list[Tensor]]:
-    """The weights, each as ``shape``, to be written; those that are not contiguous are copies, and copied back."""
+def weights_of(tasks: Sequence[Task], shape: Sequence[int]) -> Access[list[Tensor]]:
+    """Access to the weights, each as ``shape``, to be written; those that are not contiguous are copies, and copied back."""
     weights = [task.part.tensor for task in tasks]
-    W = [weight.contiguous() for weight in weights]
-    yield [w.view(shape) for w in W]
-    for weight, w in zip(weights, W, strict=True):
-        if w is not weight:
-            weight.copy_(w)
+    if all(weight.is_contiguous() for weight in weights):
+        views = [weight.view(shape) for weight in weights]
+        return lambda: nullcontext(views)
+
+    @contextmanager
+    def access() -> Iterator[list[Tensor]]:
+        W = [weight.contiguous() for weight in weights]
+        yield [w.view(shape) for w in W]
+        for weight, w in zip(weights, W, strict=True):
+            if w is not weight:
+                weight.copy_(w)
+
+    return access
+
+
+def moments_of(tasks: Sequence[Task], num: int) -> Access[tuple[list[Tensor], list[Tensor]]]:
+    """Access to M and V of ``num`` matrices each, (num, ...) float32, to be changed: copies where they are stored otherwise."""
+    names = ("exp_avg", "exp_avg_sq")
+    stored = [[local_of(task.state[name]) for task in tasks] for name in names]
+    shape = (num, *stored[0][0].shape[-2:])
+    if all(x.dtype == torch.float32 for each in stored for x in each):
+        M, V = ([x.view(shape) for x in each] for each in stored)
+        return lambda: nullcontext((M, V))
+
+    @contextmanager
+    def access() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        M, V = ([x.float().view(shape) for x in each] for each in stored)
+        yield M, V
+        for name, each, computed in zip(names, stored, (M, V), strict=True):
+            for task, x, value in zip(tasks, each, computed, strict=True):
+                task.moment_precision(name).write(x, value.view(x.shape))
+
+    return access
 
 
 def refuse_nonfinite(task: Task) -> None:

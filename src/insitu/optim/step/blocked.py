@@ -81,7 +81,7 @@ class Blocked:
     def _measure_wide_sketch(self, G: Tensor, sketch: Sketch, R: Tensor, G_sq: Tensor) -> None:
         """By blocks of columns: torch's embedding bag reads each row once, and adds it to its bucket."""
         order, signs = (x.view(-1, sketch.rank).t().reshape(-1) for x in (sketch.order, sketch.signs))
-        offsets = torch.arange(0, len(order), len(order) // sketch.rank)
+        offsets = torch.arange(0, len(order), len(order) // sketch.rank, dtype=order.dtype)
         rows, cols = G.shape
         for first, count in _blocks(cols, rows, _READ_ELEMENTS * self._threads, _FEWEST_COLUMNS):
             g = self._float32(G.narrow(1, first, count))

@@ -39,6 +39,14 @@ inline uint32_t random_bits(uint32_t place, uint32_t base, uint32_t factor) {
   return (random_word(place >> 1, base, factor) >> ((place & 1) << 4)) & 0xFFFF;
 }
 
+// The row that comes next, ordered now: in bf16 a row is too short for what a core fetches ahead by itself (measured: 15 % of a
+// pass over W and G, 20 % of one over a wide G; nothing in float32).
+constexpr int64_t PAGE = 2048;
+inline void fetch(const float*, int64_t) {}
+inline void fetch(const bf16* row, int64_t cols) {
+  for (int64_t j = 0; j < std::min(cols, PAGE); j += 32) __builtin_prefetch(row + j);
+}
+
 // STREAMS rows at a time, each in pages of its own: a core fetches ahead in several pages at once, and never across their ends.
 // A row has the same bits whatever its neighbours are.
 constexpr int64_t STREAMS = 4, APART = 16;  // rows from one stream to the next
@@ -110,6 +118,7 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
     for (; row + STREAMS <= rows; row += STREAMS) {
       const T *g0 = G[t] + row * cols + first, *g1 = g0 + cols, *g2 = g1 + cols, *g3 = g2 + cols;
       const float* p = P[t] + row;
+      for (int64_t next = row + STREAMS; next < std::min(row + 2 * STREAMS, rows); next++) fetch(G[t] + next * cols + first, count);
 #pragma omp simd
       for (int64_t j = 0; j < count; j++) {
         float x0 = load(g0[j]), x1 = load(g1[j]), x2 = load(g2[j]), x3 = load(g3[j]);
@@ -168,9 +177,11 @@ void measure_sketch_wide(int64_t num, const T* const* G, int64_t cols, const int
     for (int64_t b = 0; b < rank; b++) {
       std::fill(sum, sum + count, 0.0f);
       for (int64_t k = 0; k < repeats; k++) {
-        float sign = signs[t][k * rank + b];
+        int64_t bucket = k * rank + b, next = k + 1 < repeats ? bucket + rank : b + 1;
+        const T* g = G[t] + order[t][bucket] * cols + first;
+        float sign = signs[t][bucket];
         if (sign == 0) continue;
-        const T* g = G[t] + order[t][k * rank + b] * cols + first;
+        if (next < rank * repeats) fetch(G[t] + order[t][next] * cols + first, count);
 #pragma omp simd
         for (int64_t j = 0; j < count; j++) {
           float x = load(g[j]);
@@ -274,6 +285,7 @@ void apply_typed(int64_t num, T* const* W, const S* const* G, int64_t rows, int6
     int64_t t = at / rows, row = at % rows;
     T* w = W[t] + row * cols;
     const S* g = G[t] + row * cols;
+    if (row + 1 < rows) fetch(w + cols, cols), fetch(g + cols, cols);
     const float* eta = eta_s + t * eta_matrix + row * eta_row;
     float keep = 1 - (decay ? decay[t] : 0.0f), one = eta[0];
     if (hash) {

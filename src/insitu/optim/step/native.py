@@ -79,7 +79,7 @@ class Native(Blocked):
         shape = (len(R), _matrices(G), int(dtype == torch.bfloat16), rows, cols, int(tall))
         if isinstance(first, Sketch):
             sketches = [projection for projection in projections if isinstance(projection, Sketch)]
-            orders = [sketch.order.int() for sketch in sketches for _ in range(b)]  # held until the call is over
+            orders = [sketch.order for sketch in sketches for _ in range(b)]
             signs = [sketch.signs for sketch in sketches for _ in range(b)]
             repeats = len(first.order) // rank
             self._call("measure_sketch", *shape, _pointers(orders), _pointers(signs), rank, repeats, R, R_sq, G_sq)
@@ -224,6 +224,8 @@ def _pointers(tensors: Iterable[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 def _matrices(stacks: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """Pointers to each matrix of contiguous stacks."""
+    if len(stacks[0]) == 1:
+        return _pointers(stacks)
     addresses: list[int] = []
     size = stacks[0].shape[1:].numel() * stacks[0].element_size()
     for stack in stacks:

@@ -27,7 +27,8 @@ as lists; of T tensors with b matrices each, what is small is one tensor of T b 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from math import inf, sqrt
 from typing import Any
 
@@ -69,15 +70,13 @@ def adam_direction(
     return torch.div(M, denominator, out=denominator).div_(1 - beta1**step)
 
 
-def ratio(above_sq: Tensor, below_sq: Tensor, *needed_sq: Tensor) -> Tensor:
-    """sqrt(above / below) in float32, and 0 where ``below`` or any of ``needed`` is 0.
+def ratio(above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor) -> Tensor:
+    """sqrt(above / below) in float32, and 0 where ``below`` or ``needed`` is 0.
 
     A row of an embedding that had a gradient once and has none now must neither move nor become NaN.
     """
-    s = above_sq.float().sqrt() / below_sq.float().sqrt().clamp(min=_TINY)
-    for square in (below_sq, *needed_sq):
-        s = torch.where(square.float() == 0, 0.0, s)
-    return s
+    s = above_sq.float().sqrt() / below_sq.float().sqrt().clamp_(min=_TINY)
+    return torch.where(torch.minimum(below_sq, needed_sq).float() == 0, 0.0, s)
 
 
 def limit(norm: Tensor, last: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -103,11 +102,11 @@ def auto_alpha(projected: int, rank: int) -> float:
 
 def plan(
     G: Sequence[Tensor],
-    M: Sequence[Tensor],
-    V: Sequence[Tensor],
+    moments: Callable[[], AbstractContextManager[tuple[Sequence[Tensor], Sequence[Tensor]]]],
     last_norm: Sequence[Tensor],
     projections: Sequence[Projection],
     *,
+    rank: int,
     channel_dim: int,
     whole: bool,
     step: int,
@@ -125,12 +124,13 @@ def plan(
 ) -> Plan[tuple[Tensor, Tensor | None, Tensor]]:
     """All of one step but the change of W, of T tensors of one shape; only one tensor if it is sharded (not ``whole``).
 
-    Each G is (b, rows, cols), b matrices; each M, V and ``last_norm`` (b,) changes in place.
+    Each G is (b, rows, cols), b matrices; ``last_norm`` (b,) changes in place. ``moments`` gives access to M and V (b, ...) in
+    float32: those that are stored otherwise are copies, and must not wait for the sums of all tensors.
     Returns ``eta_s`` (T b, rows or 1, cols or 1), ``decay`` (T b,) as :func:`descend` takes them, and ``live`` (T,).
     """
     side, num = -3 - channel_dim, len(G)  # side: the projected one
     shape, device = [num * len(G[0]), *G[0].shape[1:]], G[0].device
-    shape[side] = M[0].shape[side]
+    shape[side] = rank
     memory = scratch.take(tuple(shape), device, wait=True) if whole else torch.empty(shape, device=device)
     if memory is None:  # no room to wait in: only |G|^2 now
         squares = backend.square([matrix.reshape(-1) for stack in G for matrix in stack])
@@ -149,17 +149,19 @@ def plan(
         own, (everything, _), _ = yield Sum(torch.stack([G_sq.double().sum(-1), R_sq.double().sum(-1)]))
         G_total, R_total = own
         live = is_live(G_total.view(num, -1).sum(1) if whole else everything[None])
-    numerator = backend.direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
+    with moments() as (M, V):
+        numerator = backend.direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
+    del M, V  # copies must not wait for the other tensors
     scratch.give_back(R)
     each_live = live.repeat_interleave(len(R) // num)
 
     if granularity == "tensor":
         numerator, _ = yield Gather(numerator.double().sum(-1))
-        s = ratio(numerator, R_total if denominator == "projected" else G_total, R_total, G_total)
+        s = ratio(numerator, R_total, G_total) if denominator == "projected" else ratio(numerator, G_total, R_total)
         norm = s * G_total.float().sqrt()
         s = s[:, None]
     else:
-        s = ratio(numerator, R_sq if denominator == "projected" else G_sq, R_sq, G_sq)
+        s = ratio(numerator, R_sq, G_sq) if denominator == "projected" else ratio(numerator, G_sq, R_sq)
         norm_sq, s = yield Gather((s.square() * G_sq).double().sum(-1), s)
         norm = norm_sq.float().sqrt()
 
