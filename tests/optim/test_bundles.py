@@ -92,3 +92,20 @@ def test_moments_in_bf16_are_copied_a_bundle_at_a_time(backend: str) -> None:
     waiting = one_tensor + 32 * 1024  # R, and sums per channel
     assert waiting + 4 * one_tensor < all_copies
     assert max(accumulate(changes)) < waiting + 4 * one_tensor
+
+
+def test_first_come_those_that_hold_least_beside_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    plan = APOLLO._plan
+
+    def seen(self: APOLLO, tasks: Sequence[Task]) -> Any:
+        shapes.append(tuple(tasks[0].parameter.shape))
+        return plan(self, tasks)
+
+    monkeypatch.setattr(APOLLO, "_plan", seen)
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((8, 64), (64,), (16, 64), (64, 64))]
+    optimizer = APOLLO(params, rank=2)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert shapes == [(64,), (64, 64), (16, 64), (8, 64)]

@@ -231,7 +231,7 @@ class APOLLO(TensorWise):
         return id(task.group), p.shape, task.part.tensor.dtype, p.device, task.gradient.dtype, task.done
 
     def _waiting(self, task: Task) -> int:
-        if _layout(task.parameter, task.group, task.name) is None:
+        if _layout(task.parameter, task.group, task.name) is None or task.part.mesh is not None:
             return 0
         M = local_of(task.state["exp_avg"])
         copies = 0 if M.dtype == torch.float32 else 2  # of M and V; they do not wait, but a bundle's are there at once

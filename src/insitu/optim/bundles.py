@@ -22,6 +22,9 @@ def bundled(
 ) -> list[list[Task]]:
     """The tasks by ``together``, where it is not None, in bundles of moderate size.
 
+    First come those that hold the least memory beside the size of their gradient: a gradient whose R finds no room is read once
+    more.
+
     Args:
         waiting: bytes of scratch memory that a tensor holds until the sums of all are known.
         room: bytes of scratch memory that a step has.
@@ -31,8 +34,8 @@ def bundled(
         key = together(task)
         alike.setdefault(i if key is None else (key,), []).append(task)
     bundles: list[list[Task]] = []
-    for some in alike.values():
-        held = waiting(some[0])
+    sized = [(waiting(some[0]), some) for some in alike.values()]
+    for held, some in sorted(sized, key=lambda each: each[0] / max(1, each[1][0].gradient.nbytes)):
         bundles += _of_moderate_size(some, room // (_SHARE * held) if held else len(some))
     return bundles
 
