@@ -60,12 +60,12 @@ def test_tensors_of_one_shape_have_the_same_bits_alone_and_together(
         assert torch.equal(one, other)
 
 
-def test_a_bundle_takes_at_most_a_quarter_of_the_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_takes_at_most_half_of_the_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     # A tensor has 576 numbers, and so much scratch memory has the step; R has 24 for each rank.
-    for rank, expected in ((1, [5]), (2, [3, 2]), (6, [1] * 5)):
+    for rank, expected in ((2, [5]), (4, [3, 2]), (12, [1] * 5)):
         _, bundles = stepped(monkeypatch, 5, rank=rank)
         assert bundles == expected
-    _, bundles = stepped(monkeypatch, 5, rank=1, moments="bfloat16")  # with copies of M and V
+    _, bundles = stepped(monkeypatch, 5, rank=2, moments="bfloat16")  # with copies of M and V
     assert bundles == [2, 2, 1]
 
 

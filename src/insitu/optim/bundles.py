@@ -14,7 +14,7 @@ from insitu.optim.step.scratch import Scratch
 from insitu.optim.task import Task
 
 _ELEMENTS = 1 << 26  # of tensors that go together
-_SHARE = 4  # that part of a step's scratch memory is a bundle's at most: larger ones would leave more of it empty
+_SHARE = 2  # that part of a step's scratch memory is a bundle's at most: larger ones would leave more of it empty
 
 
 def bundled(
