@@ -254,7 +254,7 @@ class TensorWise(Optimizer):
 
     def observe(self, stepped: Iterable[Tensor]) -> None:
         """The end of a step of these tensors: the host will know, without waiting for a device, how many each has had."""
-        self._counts.observe({p: self.state[p] for p in stepped})
+        self._counts.observe({p: self.state[p] for p in stepped if not readable(p)})
 
     def _task(self, place: Place, backends: Backends) -> Task:
         p, group, name, position = place

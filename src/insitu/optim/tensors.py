@@ -18,7 +18,7 @@ def name_of(group: dict[str, Any], index: int, position: int) -> str:
 
 def readable(tensor: Tensor) -> bool:
     """Whether the host can read it without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def refuse_unsuitable(tensor: Tensor, name: str) -> None:

@@ -55,7 +55,7 @@ class Compiled:
         for stack, projection in zip(G, projections, strict=True):
             for g in stack:
                 if isinstance(projection, Sketch):
-                    order, signs = (x.view(-1, projection.rank) for x in projection[:2])
+                    order, signs = (x.view(-1, projection.rank) for x in (projection.order.long(), projection.signs))
                     parts.append(_compiled(_measure_sketch, g.dtype, channel_dim)(g, order, signs, channel_dim))
                 else:
                     parts.append(_compiled(_measure_one, g.dtype, channel_dim)(g, projection, channel_dim))

@@ -49,7 +49,7 @@ inline void fetch(const bf16* row, int64_t cols) {
 
 // STREAMS rows at a time, each in pages of its own: a core fetches ahead in several pages at once, and never across their ends.
 // A row has the same bits whatever its neighbours are.
-constexpr int64_t STREAMS = 4, APART = 16;  // rows from one stream to the next
+constexpr int64_t STREAMS = 4, APART = 48;  // rows from one stream to the next: 16 are 10 % slower in bf16
 template <class T, class Row>
 inline void for_rows(int64_t num, int64_t rows, int64_t cols, const T* const* G, Row row) {
   constexpr int64_t BLOCK = STREAMS * APART;

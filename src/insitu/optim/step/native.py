@@ -156,15 +156,17 @@ class Native(Blocked):
         if not mine:
             return
         _, rows, cols = W[0].shape
-        chosen = torch.tensor([t * b + i for t in mine for i in range(b)])
-        eta_s = eta_s.contiguous() if len(mine) == len(W) else eta_s[chosen]
-        decay = None if decay is None else decay[chosen]
-        pieces = [precisions[t].of(i * rows * cols, rows * cols) for t in mine for i in range(b)]
+        if len(mine) < len(W):
+            chosen = torch.tensor([t * b + i for t in mine for i in range(b)])
+            eta_s, decay = eta_s[chosen], None if decay is None else decay[chosen]
+        eta_s, pieces = eta_s.contiguous(), [precisions[t] for t in mine]
+        if b > 1:
+            pieces = [precision.of(i * rows * cols, rows * cols) for precision in pieces for i in range(b)]
         eta_strides = (eta_s[0].numel(), int(eta_s.shape[1] > 1) * eta_s.shape[2], int(eta_s.shape[2] > 1))
         written, read = [W[t] for t in mine], [G[t].contiguous() for t in mine]
         types = [int(x[0].dtype == torch.bfloat16) for x in (written, read)]
         tables = _matrices(written), types[0], _matrices(read), types[1]
-        self._call("apply", len(chosen), *tables, rows, cols, eta_s, *eta_strides, decay, _hashes(pieces))
+        self._call("apply", len(eta_s), *tables, rows, cols, eta_s, *eta_strides, decay, _hashes(pieces))
         _tell_autograd(written)
 
     def adamw(

@@ -153,7 +153,7 @@ def plan(
         numerator = backend.direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
     del M, V  # copies must not wait for the other tensors
     scratch.give_back(R)
-    each_live = live.repeat_interleave(len(R) // num)
+    each_live = live if len(R) == num else live.repeat_interleave(len(R) // num)
 
     if granularity == "tensor":
         numerator, _ = yield Gather(numerator.double().sum(-1))
