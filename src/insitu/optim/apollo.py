@@ -258,7 +258,7 @@ class APOLLO(TensorWise):
         planned = plan(
             G,
             moments_of(tasks, parts.local[0]),
-            [local_of(task.state["update_norm"]).view(-1) for task in tasks],
+            [local_of(task.state["update_norm"]) for task in tasks],
             projections,
             rank=size.rank,
             channel_dim=size.channel_dim,

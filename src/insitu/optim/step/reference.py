@@ -52,7 +52,7 @@ def measure(G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor
 
 def is_live(G_sq: Tensor) -> Tensor:
     """1.0 if |G|^2 is finite and not zero, else 0.0; float32."""
-    return ((G_sq != 0) & G_sq.isfinite()).float()
+    return (G_sq > 0).logical_and_(G_sq < inf).float()  # a NaN is neither
 
 
 def adam_direction(
@@ -124,8 +124,8 @@ def plan(
 ) -> Plan[tuple[Tensor, Tensor | None, Tensor]]:
     """All of one step but the change of W, of T tensors of one shape; only one tensor if it is sharded (not ``whole``).
 
-    Each G is (b, rows, cols), b matrices; ``last_norm`` (b,) changes in place. ``moments`` gives access to M and V (b, ...) in
-    float32: those that are stored otherwise are copies, and must not wait for the sums of all tensors.
+    Each G is (b, rows, cols), b matrices; ``last_norm`` (b,), or () for one, changes in place. ``moments`` gives access to M
+    and V (b, ...) in float32: those that are stored otherwise are copies, and must not wait for the sums of all tensors.
     Returns ``eta_s`` (T b, rows or 1, cols or 1), ``decay`` (T b,) as :func:`descend` takes them, and ``live`` (T,).
     """
     side, num = -3 - channel_dim, len(G)  # side: the projected one
@@ -165,11 +165,12 @@ def plan(
         norm_sq, s = yield Gather((s.square() * G_sq).double().sum(-1), s)
         norm = norm_sq.float().sqrt()
 
-    known = torch.cat(list(last_norm))
+    alive, known = each_live > 0, torch.stack(list(last_norm)).view(-1)
     factor, last = limit(norm * alpha, known, inf if limiter is None else limiter)
-    torch._foreach_copy_(list(last_norm), list(torch.where(each_live > 0, last, known).chunk(num)))
+    last = torch.where(alive, last, known).view(num, *last_norm[0].shape)
+    torch._foreach_copy_(list(last_norm), list(last.unbind()))
     eta = -lr if maximize else lr
-    eta_s = torch.where(each_live[:, None] > 0, s * (factor * (eta * alpha))[:, None], 0.0)
+    eta_s = torch.where(alive[:, None], s * (factor * (eta * alpha))[:, None], 0.0)
     decay = each_live * (lr * weight_decay) if weight_decay else None
     return eta_s.unsqueeze(side), decay, live
 
