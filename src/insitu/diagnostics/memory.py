@@ -202,6 +202,6 @@ def _projection_bytes(p: Tensor, group: dict[str, Any]) -> int:
         return 0
     stack, rows, cols = matrix_shape(p.shape, conv=bool(group.get("conv")))
     size = layout(rows, cols, group["rank"], stack)
-    if group["projection"] == "sketch":  # int64 places and float32 signs, filled up to a multiple of the rank
-        return 12 * size.rank * -(-size.projected // size.rank)
+    if group["projection"] == "sketch":  # int32 places and float32 signs, filled up to a multiple of the rank
+        return 8 * size.rank * -(-size.projected // size.rank)
     return 4 * size.rank * size.projected
