@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from insitu.optim.seeds import mix
 
 CACHE_BYTES = 64 << 20  # of all projections that are kept between steps
+LANES = 16  # neighbouring coordinates that a sketch keeps together
 PROJECTIONS = ("gaussian", "rademacher", "sketch", "svd")
 
 
@@ -74,13 +75,18 @@ class Sketch(NamedTuple):
     """A sparse projection: coordinate ``order[t]`` is added to bucket ``t mod r`` with sign ``signs[t]``.
 
     Bucket sizes differ by at most one. Independent hashing would leave buckets empty and break alpha (measured: the
-    scaling came out 0.80-0.99 of the true one, against 1.00 when balanced). The order is a random permutation, so that
-    coordinates a fixed distance apart, such as the same dimension of several attention heads, do not always collide.
+    scaling came out 0.80-0.99 of the true one, against 1.00 when balanced). The order is random, so that coordinates a fixed
+    distance apart, such as the same dimension of several attention heads, do not always collide. It keeps blocks of
+    :data:`LANES` neighbours together, in random order within and among themselves: a block is one register, or rows that
+    follow one another, where free permutations would read each number alone (half the time of a step). How much |P x|^2
+    varies depends on P through the chance that two coordinates collide, which hardly changes: at m = 576, r = 144 it is
+    0.0054 between blocks and 0 within one, and 0.0052 throughout for a free permutation.
     """
 
     order: Tensor  # (k r,) int32, every coordinate once; places that are left over hold 0 and have the sign 0
     signs: Tensor  # (k r,) float32, -1 or +1, or 0
     rank: int
+    whole: bool = True  # the blocks are; not in the share of a part of the coordinates
 
 
 Projection = Tensor | Sketch
@@ -98,9 +104,17 @@ def make(kind: str, seed: int, refresh_index: int, size: Layout) -> Projection:
     if kind == "rademacher":  # P_ij = +-1/sqrt(r)
         return _signs((rank, m), generator).div_(sqrt(rank))
     assert kind == "sketch", kind
-    order, signs = torch.randperm(m, generator=generator).int(), _signs((m,), generator)
+    order, signs = _order(m, generator), _signs((m,), generator)
     left_over = (0, -m % rank)
     return Sketch(nn.functional.pad(order, left_over), nn.functional.pad(signs, left_over), rank)
+
+
+def _order(m: int, generator: torch.Generator) -> Tensor:
+    """A random permutation of m coordinates that keeps blocks together; those after the last whole block stay behind it."""
+    blocks, rest = divmod(m, LANES)
+    lanes = torch.rand(blocks, LANES, generator=generator).argsort(dim=1, stable=True)
+    order = (torch.randperm(blocks, generator=generator)[:, None] * LANES + lanes).view(-1)
+    return torch.cat([order, m - rest + torch.randperm(rest, generator=generator)]).int()
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -125,11 +139,11 @@ def narrow(projection: Projection, first: int, count: int) -> Projection:
     """The projection of the coordinates ``first`` to ``first + count`` alone: their share of the sum P G."""
     if isinstance(projection, Tensor):
         return projection.narrow(-1, first, count).clone()
-    order, signs, rank = projection
+    order, signs, rank, _ = projection
     mine = ((order >= first) & (order < first + count) & (signs != 0)).view(-1, rank)
     place = (mine.cumsum(0) - 1).mul_(rank).add_(torch.arange(rank))[mine]  # the same bucket, without gaps
     num = int(mine.sum(0).max()) * rank
-    narrowed = Sketch(torch.zeros(num, dtype=torch.int32), torch.zeros(num), rank)
+    narrowed = Sketch(torch.zeros(num, dtype=torch.int32), torch.zeros(num), rank, whole=False)
     narrowed.order[place] = order[mine.view(-1)] - first
     narrowed.signs[place] = signs[mine.view(-1)]
     return narrowed
@@ -170,7 +184,7 @@ class ProjectionCache:
 def _to(projection: Projection, device: torch.device) -> Projection:
     if isinstance(projection, Tensor):
         return projection.to(device)
-    return Sketch(projection.order.to(device), projection.signs.to(device), projection.rank)
+    return projection._replace(order=projection.order.to(device), signs=projection.signs.to(device))
 
 
 def _num_bytes(projection: Projection) -> int:

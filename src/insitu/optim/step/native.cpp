@@ -5,11 +5,15 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
 using bf16 = uint16_t;
 constexpr int64_t PIECE = 512;  // elements that one thread takes at a time
+constexpr int64_t LANES = 16;   // of insitu.optim.projection
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -41,7 +45,7 @@ inline uint32_t random_bits(uint32_t place, uint32_t base, uint32_t factor) {
 
 // The row that comes next, ordered now: in bf16 a row is too short for what a core fetches ahead by itself (measured: 15 % of a
 // pass over W and G, 20 % of one over a wide G; nothing in float32).
-constexpr int64_t PAGE = 2048;
+constexpr int64_t PAGE = 2048, AHEAD = 2;  // AHEAD: rows, of a pass that reads them in another order
 inline void fetch(const float*, int64_t) {}
 inline void fetch(const bf16* row, int64_t cols) {
   for (int64_t j = 0; j < std::min(cols, PAGE); j += 32) __builtin_prefetch(row + j);
@@ -78,7 +82,7 @@ struct Pieces {
   int64_t first(int64_t at) const { return at % num * size; }
   int64_t count(int64_t at) const { return std::min(size, cols - first(at)); }
 };
-constexpr int64_t WIDE = 768;  // sums of them stay in the first cache
+constexpr int64_t WIDE = 1536;  // sums of them stay in the first cache
 
 template <class T>
 void measure_one_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols, const float* const* P, float* R, float* G_sq) {
@@ -132,66 +136,95 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
   }
 }
 
+#ifdef __AVX512F__
+inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 load16(const bf16* x) {
+  __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+#endif
+
+// y = sign x[order] of a row, and |x|^2. A sketch keeps 16 neighbours together: they only change places within a register.
 template <class T>
-void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
-                         const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq, float* G_sq) {
-  for_rows(num, rows, cols, G, [=](const int64_t* at, const T* const* rows_of_g) {
-    thread_local std::vector<float> scratch;
-    scratch.resize(STREAMS * cols);
-    float *x0 = scratch.data(), *x1 = x0 + cols, *x2 = x1 + cols, *x3 = x2 + cols;
-    const T *g0 = rows_of_g[0], *g1 = rows_of_g[1], *g2 = rows_of_g[2], *g3 = rows_of_g[3];
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = 0; i < cols; i++) {
-      x0[i] = load(g0[i]), x1[i] = load(g1[i]), x2[i] = load(g2[i]), x3[i] = load(g3[i]);
-      s0 += x0[i] * x0[i], s1 += x1[i] * x1[i], s2 += x2[i] * x2[i], s3 += x3[i] * x3[i];
-    }
-    G_sq[at[0]] = s0, G_sq[at[1]] = s1, G_sq[at[2]] = s2, G_sq[at[3]] = s3;
-    for (int64_t k = 0; k < STREAMS; k++) {
-      const float* x = scratch.data() + k * cols;
-      const int32_t* from = order[at[k] / rows];
-      const float* sign = signs[at[k] / rows];
-      float *r = R + at[k] * rank, norm = 0;
-#pragma omp simd
-      for (int64_t b = 0; b < rank; b++) r[b] = sign[b] * x[from[b]];
-      for (int64_t i = 1; i < repeats; i++) {
-        from += rank, sign += rank;
-#pragma omp simd
-        for (int64_t b = 0; b < rank; b++) r[b] += sign[b] * x[from[b]];
-      }
-#pragma omp simd reduction(+ : norm)
-      for (int64_t b = 0; b < rank; b++) norm += r[b] * r[b];
-      R_sq[at[k]] = norm;
-    }
-  });
+inline float turn(const T* x, int64_t cols, const int32_t* order, const float* sign, float* y) {
+  int64_t first = 0;
+  float square = 0;
+#ifdef __AVX512F__
+  __m512 squares = _mm512_setzero_ps();
+  for (; first + LANES <= cols; first += LANES) {
+    __builtin_prefetch(x + AHEAD * cols + first);
+    __m512 block = load16(x + order[first] / LANES * LANES);
+    squares = _mm512_fmadd_ps(block, block, squares);
+    __m512 turned = _mm512_permutexvar_ps(_mm512_loadu_si512(order + first), block);  // by the low four bits
+    _mm512_storeu_ps(y + first, _mm512_mul_ps(turned, _mm512_loadu_ps(sign + first)));
+  }
+  square = _mm512_reduce_add_ps(squares);
+#endif
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = first; i < cols; i++) {
+    float one = load(x[order[i]]);
+    y[i] = sign[i] * one;
+    square += one * one;
+  }
+  return square;
 }
 
 template <class T>
-void measure_sketch_wide(int64_t num, const T* const* G, int64_t cols, const int32_t* const* order,
+void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
                          const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq, float* G_sq) {
+#pragma omp parallel
+  {
+    std::vector<float> turned(repeats * rank);  // what is left over stays 0
+    float* y = turned.data();
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < num * rows; at++) {
+      int64_t t = at / rows;
+      G_sq[at] = turn(G[t] + at % rows * cols, cols, order[t], signs[t], y);
+      for (int64_t i = 1; i < repeats; i++) {
+#pragma omp simd
+        for (int64_t b = 0; b < rank; b++) y[b] += y[i * rank + b];
+      }
+      float *r = R + at * rank, norm = 0;
+#pragma omp simd reduction(+ : norm)
+      for (int64_t b = 0; b < rank; b++) r[b] = y[b], norm += y[b] * y[b];
+      R_sq[at] = norm;
+    }
+  }
+}
+
+// Blocks of rows in the order of their buckets, the rows of each in the order of memory.
+template <class T>
+void measure_sketch_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
+                         const float* const* signs, int64_t rank, float* R, float* R_sq, float* G_sq) {
   Pieces pieces(cols, WIDE);
+  int64_t group = rank % LANES ? rank : LANES;  // of buckets, that blocks fill together
 #pragma omp parallel for schedule(static)
   for (int64_t at = 0; at < num * pieces.num; at++) {
     int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
-    float square[WIDE] = {}, norm[WIDE] = {}, sum[WIDE];
-    for (int64_t b = 0; b < rank; b++) {
-      std::fill(sum, sum + count, 0.0f);
-      for (int64_t k = 0; k < repeats; k++) {
-        int64_t bucket = k * rank + b, next = k + 1 < repeats ? bucket + rank : b + 1;
-        const T* g = G[t] + order[t][bucket] * cols + first;
-        float sign = signs[t][bucket];
-        if (sign == 0) continue;
-        if (next < rank * repeats) fetch(G[t] + order[t][next] * cols + first, count);
+    float square[WIDE] = {}, norm[WIDE] = {};
+    float* r = R + t * rank * cols + first;
+    for (int64_t b = 0; b < rank; b += group) {
+      for (int64_t k = b; k < b + group; k++) std::fill(r + k * cols, r + k * cols + count, 0.0f);
+      for (int64_t block = 0; block < rows; block += LANES) {
+        if (block % rank / group != b / group) continue;
+        int64_t size = std::min(LANES, rows - block), start = order[t][block] / LANES * LANES, place[LANES];
+        for (int64_t i = block; i < block + size; i++) place[order[t][i] - start] = i;
+        for (int64_t k = 0; k < size; k++) {
+          const T* g = G[t] + (start + k) * cols + first;
+          float sign = signs[t][place[k]], *sum = r + place[k] % rank * cols;
+          if (k + 1 < size) fetch(g + cols, count);
 #pragma omp simd
-        for (int64_t j = 0; j < count; j++) {
-          float x = load(g[j]);
-          sum[j] += sign * x;
-          square[j] += x * x;
+          for (int64_t j = 0; j < count; j++) {
+            float x = load(g[j]);
+            sum[j] += sign * x;
+            square[j] += x * x;
+          }
         }
       }
+      for (int64_t k = b; k < b + group; k++) {
 #pragma omp simd
-      for (int64_t j = 0; j < count; j++) norm[j] += sum[j] * sum[j];
-      std::copy(sum, sum + count, R + (t * rank + b) * cols + first);
+        for (int64_t j = 0; j < count; j++) norm[j] += r[k * cols + j] * r[k * cols + j];
+      }
     }
     std::copy(norm, norm + count, R_sq + t * cols + first);
     std::copy(square, square + count, G_sq + t * cols + first);
@@ -325,8 +358,8 @@ void measure_sketch(int64_t num, const void* const* G, int64_t bfloat, int64_t r
     bfloat ? measure_sketch_tall(num, h, rows, cols, order, signs, rank, repeats, R, R_sq, G_sq)
            : measure_sketch_tall(num, f, rows, cols, order, signs, rank, repeats, R, R_sq, G_sq);
   } else {
-    bfloat ? measure_sketch_wide(num, h, cols, order, signs, rank, repeats, R, R_sq, G_sq)
-           : measure_sketch_wide(num, f, cols, order, signs, rank, repeats, R, R_sq, G_sq);
+    bfloat ? measure_sketch_wide(num, h, rows, cols, order, signs, rank, R, R_sq, G_sq)
+           : measure_sketch_wide(num, f, rows, cols, order, signs, rank, R, R_sq, G_sq);
   }
 }
 

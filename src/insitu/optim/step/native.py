@@ -69,7 +69,8 @@ class Native(Blocked):
         first, dtype, (b, rows, cols) = projections[0], G[0].dtype, G[0].shape
         rank = first.rank if isinstance(first, Sketch) else first.shape[-2]
         dense = isinstance(first, Tensor) and (first.ndim == 3 or rank > 1)
-        if dense or G[0].numel() == 0 or not all(g.dtype == dtype in _TYPES for g in G):
+        part = isinstance(first, Sketch) and not first.whole  # of the coordinates: its blocks have gaps
+        if dense or part or G[0].numel() == 0 or not all(g.dtype == dtype in _TYPES for g in G):
             return super().measure(G, projections, channel_dim, R)
         G = [g.contiguous() for g in G]
         tall = channel_dim == -2

@@ -46,7 +46,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def measure(G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
     """R = P G, and |G_j|^2 of each channel, (..., n); both float32."""
-    G = G.float()
+    G = G.float().contiguous()  # a library's product of a turned matrix may have other last places
     return project(G, projection, channel_dim), torch.linalg.vector_norm(G, dim=-3 - channel_dim).square_()
 
 
