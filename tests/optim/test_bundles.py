@@ -24,22 +24,21 @@ def stepped(
     transposed: Sequence[int] = (),
     **options: Any,
 ) -> tuple[list[Tensor], list[int]]:
-    """All weights and states after three steps, and how many tensors went together in the last one."""
+    """All weights and states after three steps, and how many tensors went together: bound once, and kept."""
     sizes: list[int] = []
-    plan = APOLLO._plan
+    bind = APOLLO._bind
 
     def counted(self: APOLLO, tasks: Sequence[Task]) -> Any:
         sizes.append(len(tasks))
-        return plan(self, tasks)
+        return bind(self, tasks)
 
     with monkeypatch.context() as patched:
         patched.setattr(bundles, "_ELEMENTS", elements)
-        patched.setattr(APOLLO, "_plan", counted)
+        patched.setattr(APOLLO, "_bind", counted)
         generator = torch.Generator().manual_seed(5)
         params = [nn.Parameter(torch.randn(SHAPE, generator=generator)) for _ in range(num)]
         optimizer = APOLLO(params, lr=1e-2, **options)
         for _ in range(3):
-            sizes.clear()
             for i, p in enumerate(params):
                 g = torch.randn(SHAPE, generator=generator)
                 p.grad = g.t().contiguous().t() if i in transposed else g
@@ -96,13 +95,13 @@ def test_moments_in_bf16_are_copied_a_bundle_at_a_time(backend: str) -> None:
 
 def test_first_come_those_that_hold_least_beside_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    plan = APOLLO._plan
+    bind = APOLLO._bind
 
     def seen(self: APOLLO, tasks: Sequence[Task]) -> Any:
         shapes.append(tuple(tasks[0].parameter.shape))
-        return plan(self, tasks)
+        return bind(self, tasks)
 
-    monkeypatch.setattr(APOLLO, "_plan", seen)
+    monkeypatch.setattr(APOLLO, "_bind", seen)
     params = [nn.Parameter(torch.randn(shape)) for shape in ((8, 64), (64,), (16, 64), (64, 64))]
     optimizer = APOLLO(params, rank=2)
     for p in params:

@@ -303,7 +303,8 @@ def test_skip_leaves_the_tensor_out_and_counts_it(make_ours: Make, backend: str,
 def test_where_reading_waits_for_the_device_the_error_comes_one_step_later(
     make_ours: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("insitu.optim.base.readable", lambda tensor: False)
+    for room in ("base", "kept"):
+        monkeypatch.setattr(f"insitu.optim.{room}.readable", lambda tensor: False)
     m = model()
     optimizer = make_ours(m.named_parameters(), backend="reference")
     train(m, optimizer, range(2))

@@ -8,7 +8,6 @@ import torch
 from quasi_newton_cases import ALL, make, run, some, weights
 from torch import nn
 
-from insitu import ApolloQN
 from insitu.optim import quasi_newton
 from insitu.optim.seeds import mix
 
@@ -92,17 +91,11 @@ def test_bf16_moments_and_directions_draw_different_bits() -> None:
         optimizer = make([p], moments="bfloat16", decay="decoupled", weight_decay=0.1)
         p.grad = torch.ones(4000)
         optimizer.step()
-        (task,) = [t for t in _tasks(optimizer) if t.parameter is p]
+        (turn,) = [optimizer._turn(place) for place in optimizer.places() if place.parameter is p]
         out = torch.empty(4000, dtype=torch.bfloat16)
-        task.moment_precision(name).write(out, x.clone())
+        turn.task.moment_precision(name, turn.done).write(out, x.clone())
         draws.append(out)
     assert all((a != b).float().mean() > 0.2 for a, b in itertools.combinations(draws, 2))
-
-
-def _tasks(optimizer: ApolloQN) -> list[Any]:
-    from insitu.optim.bundles import Backends
-
-    return [optimizer._task(place, Backends(optimizer._scratch)) for place in optimizer.places()]
 
 
 def test_float64_weights_are_not_rounded_to_float32() -> None:

@@ -46,6 +46,17 @@ def test_strides_do_not_matter(backend: str, dtype: torch.dtype, shape: tuple[in
     assert torch.equal(stepped(start, [g.expand(2, *shape)[1] for g in gradients], backend=backend), plain)
 
 
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (3, 9, 7)], ids=str)
+def test_where_a_gradient_lies_does_not_matter(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    start, gradients = torch.randn(shape).to(dtype), [g.to(dtype) for g in some(*shape)]
+    plain = stepped(start, gradients, backend=backend)
+    for offset in (1, 4, 7):
+        moved = [torch.cat([torch.zeros(offset, dtype=dtype), g.flatten()])[offset:].view(shape) for g in gradients]
+        assert torch.equal(stepped(start, moved, backend=backend), plain)
+
+
 @pytest.mark.parametrize(
     ("shape", "matrix", "conv"),
     [

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from insitu.optim import options
-from insitu.optim.base import TensorWise, Write
-from insitu.optim.elementwise import arithmetic, plan_adamw, plan_sgd
+from insitu.optim.base import TensorWise
+from insitu.optim.bundles import Bound, Write
+from insitu.optim.elementwise import adamw, arithmetic, sgd
 from insitu.optim.exchange import Links, Plan
 from insitu.optim.projection import (
     Layout,
@@ -31,7 +32,7 @@ from insitu.optim.projection import (
 from insitu.optim.sharding import Part, Split, distributed, local_of, split, whole_of
 from insitu.optim.step import Backend
 from insitu.optim.step.reference import auto_alpha, plan
-from insitu.optim.task import Task, moments_of, weights_of
+from insitu.optim.task import Task, Turn, moments_of, weights_of
 from insitu.optim.tensors import name_of, refuse_flattened
 
 _log = logging.getLogger(__name__)
@@ -223,12 +224,13 @@ class APOLLO(TensorWise):
         size = _layout(task.parameter, task.group, task.name)
         return split(task.part, size, task.name).links if size else super()._links(task)
 
-    def _together(self, task: Task) -> Hashable:
-        if task.part.mesh is not None or task.group["projection"] == "svd" or not task.gradient.is_contiguous():
+    def _together(self, turn: Turn) -> Hashable:
+        task, gradient = turn.task, turn.gradient
+        if task.part.mesh is not None or task.group["projection"] == "svd" or not gradient.is_contiguous():
             return None  # the last: of a bundle's gradients no copies are made at once
         p = task.parameter
         # Also by how they are stored: an int8 weight says that it is float.
-        return id(task.group), p.shape, task.part.tensor.dtype, p.device, task.gradient.dtype, task.done
+        return id(task.group), p.shape, task.part.tensor.dtype, p.device, gradient.dtype, turn.done
 
     def _waiting(self, task: Task) -> int:
         if _layout(task.parameter, task.group, task.name) is None or task.part.mesh is not None:
@@ -237,60 +239,62 @@ class APOLLO(TensorWise):
         copies = 0 if M.dtype == torch.float32 else 2  # of M and V; they do not wait, but a bundle's are there at once
         return 4 * M.numel() * (1 + copies)
 
-    def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
+    def _bind(self, tasks: Sequence[Task]) -> Bound:
         task = tasks[0]
         size = _layout(task.parameter, task.group, task.name)
         if size:
-            return self._plan_matrices(tasks, size)
-        return plan_sgd(tasks) if _sgd(task.group) else plan_adamw(tasks)
+            return self._bind_matrices(tasks, size)
+        return sgd(tasks) if _sgd(task.group) else adamw(tasks)
 
-    def _plan_matrices(self, tasks: Sequence[Task], size: Layout) -> Plan[Write]:
+    def _bind_matrices(self, tasks: Sequence[Task], size: Layout) -> Bound:
         """What is looked up is looked up before any kernel runs: after a pass over gradients the interpreter is cold."""
         group, part = tasks[0].group, tasks[0].part
         parts = split(part, size, tasks[0].name)
-        vectors = _singular(tasks[0], size) if group["projection"] == "svd" else None
-        projections = (
-            [self._random(task, size, parts) for task in tasks]
-            if vectors is None
-            else [narrow(vectors.narrow(0, *parts.stack), *parts.projected)]
-        )
-        G = [task.gradient.reshape(parts.local) for task in tasks]
-        planned = plan(
-            G,
-            moments_of(tasks, parts.local[0]),
-            [local_of(task.state["update_norm"]) for task in tasks],
-            projections,
-            rank=size.rank,
-            channel_dim=size.channel_dim,
-            whole=part.mesh is None,
-            alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
-            granularity=_granularity(group),
-            denominator=group["denominator"],
-            limiter=group["limiter"],
-            backend=tasks[0].backend,
-            scratch=self._scratch,
-            **arithmetic(tasks[0]),
-        )
-        weights, precisions = weights_of(tasks, parts.local), [task.precision for task in tasks]
+        moments, weights = moments_of(tasks, parts.local[0]), weights_of(tasks, parts.local)
+        last_norms = [local_of(task.state["update_norm"]) for task in tasks]
+        scratch, known = self._scratch, self._projections  # and not self, which holds what is bound here
 
-        def steps() -> Plan[Write]:
-            eta_s, decay, live = yield from planned
-            if vectors is not None:
-                state = tasks[0].state
-                state["projection"] = torch.where(live > 0, vectors, state.get("projection", vectors))
+        def of_step(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
+            vectors = _singular(tasks[0], size, done) if group["projection"] == "svd" else None
+            projections = (
+                [_random(known, task, size, parts, done) for task in tasks]
+                if vectors is None
+                else [narrow(vectors.narrow(0, *parts.stack), *parts.projected)]
+            )
+            G = [gradient.reshape(parts.local) for gradient in gradients]
+            planned = plan(
+                G,
+                lambda: moments(done),
+                last_norms,
+                projections,
+                rank=size.rank,
+                channel_dim=size.channel_dim,
+                whole=part.mesh is None,
+                alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
+                granularity=_granularity(group),
+                denominator=group["denominator"],
+                limiter=group["limiter"],
+                backend=backend,
+                scratch=scratch,
+                **arithmetic(group, done),
+            )
+            precisions = [task.precision(done) for task in tasks]
 
-            def write(backend: Backend) -> None:
-                with weights() as W:
-                    backend.apply(W, G, eta_s, decay, live, precisions)
+            def steps() -> Plan[Write]:
+                eta_s, decay, live = yield from planned
+                if vectors is not None:
+                    state = tasks[0].state
+                    state["projection"] = torch.where(live > 0, vectors, state.get("projection", vectors))
 
-            return write
+                def write(backend: Backend) -> None:
+                    with weights(done) as W:
+                        backend.apply(W, G, eta_s, decay, live, precisions)
 
-        return steps()
+                return write
 
-    def _random(self, task: Task, size: Layout, parts: Split) -> Projection:
-        kind, index = task.group["projection"], task.done // task.group["refresh"]
-        task.state.pop("projection", None)
-        return self._projections.get(task.parameter, kind, task.state["seed"], index, size, parts.projected)
+            return steps()
+
+        return of_step
 
 
 class APOLLOMini(APOLLO):
@@ -308,10 +312,16 @@ class APOLLOMini(APOLLO):
         super().__init__(params, lr, rank=1, **options)
 
 
-def _singular(task: Task, size: Layout) -> Tensor:
+def _random(known: ProjectionCache, task: Task, size: Layout, parts: Split, done: int) -> Projection:
+    kind, index = task.group["projection"], done // task.group["refresh"]
+    task.state.pop("projection", None)
+    return known.get(task.parameter, kind, task.state["seed"], index, size, parts.projected)
+
+
+def _singular(task: Task, size: Layout, done: int) -> Tensor:
     """The projections of "svd", (b, r, m): those of the state, or at a refresh the gradient's singular vectors."""
-    known = task.state.get("projection") if task.done else None
-    if known is not None and task.done % task.group["refresh"]:
+    known = task.state.get("projection") if done else None
+    if known is not None and done % task.group["refresh"]:
         return known  # type: ignore[no-any-return]
     assert task.parameter.grad is not None
     whole = whole_of(task.parameter.grad).nan_to_num()  # a NaN is refused later, by name

@@ -1,6 +1,6 @@
 """What the optimizers of this package have in common: parameters, state, and the two halves of a step.
 
-An optimizer says what one tensor does (``_plan``); here all tensors are carried through a step together, so that sharded ones
+An optimizer says what one tensor does (``_bind``); here all tensors are carried through a step together, so that sharded ones
 need few collectives, and what a user gave is checked.
 """
 
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from insitu.optim.bundles import Backends, bundled
+from insitu.optim.bundles import Backends, Bound, Bundle, Step, bundled
 from insitu.optim.counting import StepCounts
-from insitu.optim.exchange import Links, Plan, run
+from insitu.optim.exchange import Links, run
+from insitu.optim.kept import Kept, keepable
 from insitu.optim.quantized import refuse_for_int8
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, distributed, local_gradient, local_of, part_of
 from insitu.optim.step import Backend
 from insitu.optim.step.scratch import Scratch
-from insitu.optim.task import Place, Task, refuse_nonfinite
+from insitu.optim.task import Place, Task, Turn, refuse_nonfinite
 from insitu.optim.tensors import name_of, readable, refuse_changed, refuse_other_state, refuse_unsuitable
-
-Write = Callable[[Backend], None]
 
 
 class TensorWise(Optimizer):
@@ -50,6 +49,7 @@ class TensorWise(Optimizer):
         self._counts = StepCounts()
         self._seen: dict[Tensor, tuple[torch.Size, torch.dtype]] = {}
         self._scratch = Scratch()
+        self._kept: Kept | None = None
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise ValueError for the first bad option of a group."""
@@ -70,7 +70,7 @@ class TensorWise(Optimizer):
         """Over which process groups the tensor's sums go."""
         return task.part.links
 
-    def _together(self, task: Task) -> Hashable:
+    def _together(self, turn: Turn) -> Hashable:
         """Equal for tensors that may go through a step together, as one plan; None for one that goes alone."""
         return None
 
@@ -78,11 +78,11 @@ class TensorWise(Optimizer):
         """Bytes of scratch memory that the tensor holds until the sums of all tensors are known."""
         return 0
 
-    def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
-        """The first half of a step of tensors that go together; returns the second, which writes the weights.
+    def _bind(self, tasks: Sequence[Task]) -> Bound:
+        """What carries tensors that go together through a step: the first half, whose result is the second.
 
-        The first row of its Sum is |G|^2, of each tensor if there are several. Where that is 0 or not finite, nothing of the
-        tensor may change.
+        Here is looked up what does not change from step to step. The first row of the plan's Sum is |G|^2, of each tensor if
+        there are several. Where that is 0 or not finite, nothing of the tensor may change.
         """
         raise NotImplementedError
 
@@ -176,13 +176,21 @@ class TensorWise(Optimizer):
         """
         for group in self.param_groups:
             self._check(group)
-        held = [place for place in self.places() if place.parameter.grad is not None and place.parameter.numel()]
-        write_tensors, _ = self._prepare(held, Backends(self._scratch))
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+        steps = None if self._kept is None else self._kept.again(self.param_groups, stepped, self.state)
+        if steps is None:
+            self._kept = None
+            chosen = set(stepped)
+            turns = [self._turn(place) for place in self.places() if place.parameter in chosen]
+            steps = self._bundles(turns)
+            if all(map(keepable, turns)):
+                self._kept = Kept(self.param_groups, [step.bundle for step in steps])
+        write_tensors, _ = self._prepare(steps, Backends(self._scratch))
 
         @torch.no_grad()
         def write() -> None:
             write_tensors(Backends(self._scratch))  # the number of threads may be another by now
-            self.observe(place.parameter for place in held)
+            self.observe(stepped)
 
         return write
 
@@ -199,7 +207,7 @@ class TensorWise(Optimizer):
 
         @torch.no_grad()
         def update(place: Place) -> Tensor:
-            write, squares = self._prepare([place], backends)
+            write, squares = self._prepare(self._bundles([self._turn(place)]), backends)
             write(backends)
             return squares[0][0]
 
@@ -213,20 +221,28 @@ class TensorWise(Optimizer):
                 yield Place(p, group, name_of(group, i, position), position)
                 position += 1
 
+    def _bundles(self, turns: Sequence[Turn]) -> list[Step]:
+        """Who goes through the step together, bound."""
+        room = max((turn.task.part.tensor.nbytes for turn in turns), default=0)
+        steps = []
+        for together in bundled(turns, self._together, self._waiting, room):
+            tasks = [turn.task for turn in together]
+            links = self._links(tasks[0]) if len(tasks) == 1 else Links()
+            bundle = Bundle(tasks, self._bind(tasks), links)
+            steps.append(Step(bundle, [turn.gradient for turn in together], together[0].done))
+        return steps
+
     def _prepare(
-        self, places: Sequence[Place], backends: Backends
+        self, steps: Sequence[Step], backends: Backends
     ) -> tuple[Callable[[Backends], None], dict[int, Tensor]]:
-        """The first half of a step of these tensors, which have gradients; the second, still without :meth:`observe`, and the
-        |G|^2 of each, by bundle."""
-        tasks = [self._task(place, backends) for place in places]
-        room = max((task.part.tensor.nbytes for task in tasks), default=0)
-        plans = bundled(tasks, self._together, self._waiting, room)
-        self._scratch.begin(room)
+        """The first half of a step of these tensors; the second, still without :meth:`observe`, and the |G|^2 of each, by
+        bundle."""
+        self._scratch.begin(max((task.part.tensor.nbytes for step in steps for task in step.bundle.tasks), default=0))
         squares: dict[int, Tensor] = {}
         all_step: dict[int, bool] = {}  # known where the host can read it
 
         def inspect(i: int, own: Tensor, totals: Tensor) -> None:
-            together = plans[i]
+            together = steps[i].bundle.tasks
             square = totals[:1] if len(together) == 1 else own[0].view(len(together), -1).sum(1)
             squares[i] = square
             if readable(square):
@@ -236,12 +252,16 @@ class TensorWise(Optimizer):
                     if not isfinite(x):
                         refuse_nonfinite(task)
 
-        links = [self._links(each[0]) if len(each) == 1 else Links() for each in plans]
-        writes = run([self._plan(each) for each in plans], links, inspect)
+        def of(backends: Backends, task: Task) -> Backend:
+            return backends.of(task.group, task.part.tensor)
+
+        plans = [bundle.plan(gradients, done, of(backends, bundle.tasks[0])) for bundle, gradients, done in steps]
+        writes = run(plans, [step.bundle.links for step in steps], inspect)
 
         def write(backends: Backends) -> None:
-            for i, (together, write_tensors) in enumerate(zip(plans, writes, strict=True)):
-                write_tensors(backends.of(together[0].group, together[0].part.tensor))
+            for i, (step, write_tensors) in enumerate(zip(steps, writes, strict=True)):
+                together = step.bundle.tasks
+                write_tensors(of(backends, together[0]))
                 if all_step.get(i):
                     torch._foreach_add_([task.state["step"] for task in together], 1)
                     continue
@@ -256,7 +276,7 @@ class TensorWise(Optimizer):
         """The end of a step of these tensors: the host will know, without waiting for a device, how many each has had."""
         self._counts.observe({p: self.state[p] for p in stepped if not readable(p)})
 
-    def _task(self, place: Place, backends: Backends) -> Task:
+    def _turn(self, place: Place) -> Turn:
         p, group, name, position = place
         grad = p.grad
         assert grad is not None
@@ -280,10 +300,10 @@ class TensorWise(Optimizer):
         elif "residual" not in state:
             state.update(_residual(p, group, part))
         done, newly_skipped = self._counts.read(p, state)
-        task = Task(p, group, name, part, local_gradient(p, grad), done, state, backends.of(group, part.tensor))
+        task = Task(p, group, name, part, state)
         if newly_skipped:
             refuse_nonfinite(task)
-        return task
+        return Turn(task, local_gradient(p, grad), done)
 
 
 def _compensated(p: Tensor, group: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from insitu.optim.base import Write
+from insitu.optim.bundles import Bound, Write
 from insitu.optim.exchange import Plan, Sum
 from insitu.optim.sharding import local_of
 from insitu.optim.step import Backend
@@ -16,53 +16,63 @@ from insitu.optim.step.reference import is_live
 from insitu.optim.task import Task, weights_of
 
 
-def arithmetic(task: Task) -> dict[str, Any]:
+def arithmetic(group: dict[str, Any], done: int) -> dict[str, Any]:
     """The numbers of a group that enter every formula, and which update this is, from 1."""
-    options = {k: task.group[k] for k in ("lr", "eps", "weight_decay", "maximize")}
-    return {"step": task.done + 1, "betas": tuple(task.group["betas"]), **options}
+    options = {k: group[k] for k in ("lr", "eps", "weight_decay", "maximize")}
+    return {"step": done + 1, "betas": tuple(group["betas"]), **options}
 
 
-def _live(tasks: Sequence[Task], G: list[Tensor]) -> Plan[Tensor]:
+def _live(G: list[Tensor], backend: Backend) -> Plan[Tensor]:
     """1.0 or 0.0 for each of tensors of one shape, (T,); only one tensor if it is sharded."""
-    own, everything, _ = yield Sum(tasks[0].backend.square(G).view(1, -1))
-    return is_live(everything if len(tasks) == 1 else own[0])
+    own, everything, _ = yield Sum(backend.square(G).view(1, -1))
+    return is_live(everything if len(G) == 1 else own[0])
 
 
-def plan_adamw(tasks: Sequence[Task]) -> Plan[Write]:
+def adamw(tasks: Sequence[Task]) -> Bound:
     """What is not projected: AdamW, element by element."""
-    G = [task.gradient.reshape(-1) for task in tasks]
     M, V = ([local_of(task.state[name]).view(-1) for task in tasks] for name in ("exp_avg", "exp_avg_sq"))
-    how = [(task.moment_precision("exp_avg"), task.moment_precision("exp_avg_sq")) for task in tasks]
-    weights, precisions = weights_of(tasks, (-1,)), [task.precision for task in tasks]
+    weights = weights_of(tasks, (-1,))
 
-    def steps() -> Plan[Write]:
-        live = yield from _live(tasks, G)
+    def plan(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
+        G = [gradient.reshape(-1) for gradient in gradients]
+        how = [(task.moment_precision("exp_avg", done), task.moment_precision("exp_avg_sq", done)) for task in tasks]
+        precisions = [task.precision(done) for task in tasks]
 
-        def write(backend: Backend) -> None:
-            with weights() as W:
-                backend.adamw(W, G, M, V, live, precisions, how, **arithmetic(tasks[0]))
+        def steps() -> Plan[Write]:
+            live = yield from _live(G, backend)
 
-        return write
+            def write(backend: Backend) -> None:
+                with weights(done) as W:
+                    backend.adamw(W, G, M, V, live, precisions, how, **arithmetic(tasks[0].group, done))
 
-    return steps()
+            return write
+
+        return steps()
+
+    return plan
 
 
-def plan_sgd(tasks: Sequence[Task]) -> Plan[Write]:
+def sgd(tasks: Sequence[Task]) -> Bound:
     """Plain SGD with decoupled decay, and no state: G times eta."""
-    group = tasks[0].group
-    precisions = [task.precision for task in tasks]
-    G = [task.gradient.reshape(1, -1, precision.width) for task, precision in zip(tasks, precisions, strict=True)]
-    weights = weights_of(tasks, G[0].shape)
+    group, width = tasks[0].group, tasks[0].precision(0).width
+    shape = (1, -1, width)
+    weights = weights_of(tasks, shape)
 
-    def steps() -> Plan[Write]:
-        live = yield from _live(tasks, [g.view(-1) for g in G])
-        eta = live * (-group["lr"] if group["maximize"] else group["lr"])
-        decay = live * (group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
+    def plan(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
+        G = [gradient.reshape(shape) for gradient in gradients]
+        precisions = [task.precision(done) for task in tasks]
 
-        def write(backend: Backend) -> None:
-            with weights() as W:
-                backend.apply(W, G, eta.view(-1, 1, 1), decay, live, precisions)
+        def steps() -> Plan[Write]:
+            live = yield from _live([g.view(-1) for g in G], backend)
+            eta = live * (-group["lr"] if group["maximize"] else group["lr"])
+            decay = live * (group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
 
-        return write
+            def write(backend: Backend) -> None:
+                with weights(done) as W:
+                    backend.apply(W, G, eta.view(-1, 1, 1), decay, live, precisions)
 
-    return steps()
+            return write
+
+        return steps()
+
+    return plan

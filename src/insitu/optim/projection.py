@@ -78,7 +78,7 @@ class Sketch(NamedTuple):
     scaling came out 0.80-0.99 of the true one, against 1.00 when balanced). The order is random, so that coordinates a fixed
     distance apart, such as the same dimension of several attention heads, do not always collide. It keeps blocks of
     :data:`LANES` neighbours together, in random order within and among themselves: a block is one register, or rows that
-    follow one another, where free permutations would read each number alone (half the time of a step). How much |P x|^2
+    follow one another, where a free permutation would have each number gathered alone, at twice the time. How much |P x|^2
     varies depends on P through the chance that two coordinates collide, which hardly changes: at m = 576, r = 144 it is
     0.0054 between blocks and 0 within one, and 0.0052 throughout for a free permutation.
     """
@@ -202,6 +202,15 @@ def project(G: Tensor, projection: Projection, channel_dim: int) -> Tensor:
     mixed = G.index_select(dim, projection.order).mul_(projection.signs if dim == -1 else projection.signs[:, None])
     R: Tensor = mixed.unflatten(dim, (len(projection.order) // projection.rank, projection.rank)).sum(dim - 1)  # type: ignore[no-untyped-call]
     return R
+
+
+def placed(G: Tensor) -> Tensor:
+    """G itself, or a copy of it that lies as torch allocates.
+
+    A library's product has other last places where a matrix is turned, or does not start at a multiple of 64 bytes (as a view
+    of a bucket of gradients), so that the same gradient would give another step.
+    """
+    return G if G.is_contiguous() and G.data_ptr() % 64 == 0 else G.clone(memory_format=torch.contiguous_format)
 
 
 def matrix_shape(shape: torch.Size | tuple[int, ...], *, conv: bool = False) -> tuple[int | None, int, int]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from insitu.optim import options
-from insitu.optim.base import TensorWise, Write
+from insitu.optim.base import TensorWise
+from insitu.optim.bundles import Bound, Write
 from insitu.optim.exchange import Plan
 from insitu.optim.sharding import Part, distributed, local_of
 from insitu.optim.step import Backend
@@ -175,37 +176,9 @@ class ApolloQN(TensorWise):
         # Not 0, so that the direction before the first step is 0 / 1.
         return {**state, "floor": torch.ones((), device=p.device), "offset": torch.zeros((), device=p.device)}
 
-    def _plan(self, tasks: Sequence[Task]) -> Plan[Write]:
+    def _bind(self, tasks: Sequence[Task]) -> Bound:
         (task,) = tasks
-        group, precision = task.group, task.precision
-        in_cache = readable(task.part.tensor) and not isinstance(task.backend, Reference)
-        size = _BLOCK * torch.get_num_threads() if in_cache else _CHUNK
-        size = max(1, size // precision.width) * precision.width
-        state = _state(task)
-        if _keeps_direction(group) and state.d is None:  # from here on it is needed
-            task.state["direction"] = _zeros(group, task.part)
-            known, state = state, _state(task)
-            assert state.d is not None
-            for piece in pieces(task.part.tensor.numel(), size):
-                state.d.write(piece, known.direction(piece))
-        live, decay = yield from plan(
-            task.gradient.reshape(-1),
-            Stored(task.part.tensor.reshape(-1), precision),
-            state,
-            size=size,
-            elements=prod(task.part.shape),
-            step=task.done + 1,
-            **{name: group[name] for name in _MATHEMATICAL},
-        )
-        lr = warmed_up(task.done + 1, group["lr"], group["init_lr"], group["warmup"])
-
-        def write(backend: Backend) -> None:
-            W = task.part.tensor.contiguous()
-            descend(Stored(W.view(-1), precision), state, live, decay, lr, size)
-            if W is not task.part.tensor:
-                task.part.tensor.copy_(W)
-
-        return write
+        return lambda gradients, done, backend: _steps(task, gradients[0], done, backend)
 
 
 class ApolloQNW(ApolloQN):
@@ -215,9 +188,41 @@ class ApolloQNW(ApolloQN):
         super().__init__(params, lr, decay=decay, **options)
 
 
-def _state(task: Task) -> State:
+def _steps(task: Task, gradient: Tensor, done: int, backend: Backend) -> Plan[Write]:
+    group, precision = task.group, task.precision(done)
+    in_cache = readable(task.part.tensor) and not isinstance(backend, Reference)
+    size = _BLOCK * torch.get_num_threads() if in_cache else _CHUNK
+    size = max(1, size // precision.width) * precision.width
+    state = _state(task, done)
+    if _keeps_direction(group) and state.d is None:  # from here on it is needed
+        task.state["direction"] = _zeros(group, task.part)
+        known, state = state, _state(task, done)
+        assert state.d is not None
+        for piece in pieces(task.part.tensor.numel(), size):
+            state.d.write(piece, known.direction(piece))
+    live, decay = yield from plan(
+        gradient.reshape(-1),
+        Stored(task.part.tensor.reshape(-1), precision),
+        state,
+        size=size,
+        elements=prod(task.part.shape),
+        step=done + 1,
+        **{name: group[name] for name in _MATHEMATICAL},
+    )
+    lr = warmed_up(done + 1, group["lr"], group["init_lr"], group["warmup"])
+
+    def write(backend: Backend) -> None:
+        W = task.part.tensor.contiguous()
+        descend(Stored(W.view(-1), precision), state, live, decay, lr, size)
+        if W is not task.part.tensor:
+            task.part.tensor.copy_(W)
+
+    return write
+
+
+def _state(task: Task, done: int) -> State:
     def stored(name: str) -> Stored:
-        return Stored(local_of(task.state[name]).view(-1), task.moment_precision(name))
+        return Stored(local_of(task.state[name]).view(-1), task.moment_precision(name, done))
 
     d = stored("direction") if "direction" in task.state else None
     return State(stored("exp_avg"), stored("hessian"), task.state["floor"], task.state["offset"], d)

@@ -1,4 +1,4 @@
-"""One tensor in one step: what its formulas read, and how what they give is stored."""
+"""One tensor of an optimizer: what its formulas read in every step, and how what they give is stored."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from insitu.optim.rounding import Precision
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, local_of, part_of
-from insitu.optim.step import Backend
 
 Held = TypeVar("Held")
-# Copies, where they are needed, are made when it is asked for, and of a bundle at a time; everything else before.
-Access = Callable[[], AbstractContextManager[Held]]
+# After so many updates. Copies, where they are needed, are made when it is asked for, and of a bundle at a time; everything
+# else before.
+Access = Callable[[int], AbstractContextManager[Held]]
 
 
 class Place(NamedTuple):
@@ -29,36 +29,43 @@ class Place(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One tensor in one step."""
+    """One tensor, as it is in every step."""
 
     parameter: Tensor
     group: dict[str, Any]
     name: str
     part: Part
-    gradient: Tensor  # of the part
-    done: int  # updates so far
     state: dict[str, Any]
-    backend: Backend
 
-    def moment_precision(self, name: str) -> Precision:
-        """Stochastic: rounded to nearest in bf16, a second moment times 0.999 would be itself, and never decay."""
+    def moment_precision(self, name: str, done: int) -> Precision:
+        """How a moment is stored after ``done`` updates.
+
+        Stochastic: rounded to nearest in bf16, a second moment times 0.999 would be itself, and never decay.
+        """
         if self.state[name].dtype != torch.bfloat16:
             return Precision()
         salt = 1 + sum(name.encode())
-        return Precision(mix(self.state["seed"], self.done, salt), part_of(self.state[name], name).start)
+        return Precision(mix(self.state["seed"], done, salt), part_of(self.state[name], name).start)
 
-    @property
-    def precision(self) -> Precision:
-        """How the parameter is stored."""
+    def precision(self, done: int) -> Precision:
+        """How the parameter is stored after ``done`` updates."""
         p, how = self.part.tensor, self.group["rounding"]
         if self.part.groups is not None:
-            key = mix(self.state["seed"], self.done) if how == "stochastic" else None
+            key = mix(self.state["seed"], done) if how == "stochastic" else None
             return Precision(key, self.part.start, groups=self.part.groups)
         if p.dtype == torch.bfloat16 and how == "stochastic":
-            return Precision(mix(self.state["seed"], self.done), self.part.start)
+            return Precision(mix(self.state["seed"], done), self.part.start)
         if "residual" in self.state:
             return Precision(residual=local_of(self.state["residual"]))
         return Precision()
+
+
+class Turn(NamedTuple):
+    """One tensor in one step."""
+
+    task: Task
+    gradient: Tensor  # of the part
+    done: int  # updates so far
 
 
 def weights_of(tasks: Sequence[Task], shape: Sequence[int]) -> Access[list[Tensor]]:
@@ -66,10 +73,10 @@ def weights_of(tasks: Sequence[Task], shape: Sequence[int]) -> Access[list[Tenso
     weights = [task.part.tensor for task in tasks]
     if all(weight.is_contiguous() for weight in weights):
         views = [weight.view(shape) for weight in weights]
-        return lambda: nullcontext(views)
+        return lambda _: nullcontext(views)
 
     @contextmanager
-    def access() -> Iterator[list[Tensor]]:
+    def access(_: int) -> Iterator[list[Tensor]]:
         W = [weight.contiguous() for weight in weights]
         yield [w.view(shape) for w in W]
         for weight, w in zip(weights, W, strict=True):
@@ -86,15 +93,15 @@ def moments_of(tasks: Sequence[Task], num: int) -> Access[tuple[list[Tensor], li
     shape = (num, *stored[0][0].shape[-2:])
     if all(x.dtype == torch.float32 for each in stored for x in each):
         M, V = ([x.view(shape) for x in each] for each in stored)
-        return lambda: nullcontext((M, V))
+        return lambda _: nullcontext((M, V))
 
     @contextmanager
-    def access() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def access(done: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         M, V = ([x.float().view(shape) for x in each] for each in stored)
         yield M, V
         for name, each, computed in zip(names, stored, (M, V), strict=True):
             for task, x, value in zip(tasks, each, computed, strict=True):
-                task.moment_precision(name).write(x, value.view(x.shape))
+                task.moment_precision(name, done).write(x, value.view(x.shape))
 
     return access
 

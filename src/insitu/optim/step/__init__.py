@@ -53,6 +53,24 @@ class Backend(Protocol):
         """M and V (b, ...), float32, in place, and |R~_j|^2 along ``side``: (T b, n). The content of R is lost."""
         ...
 
+    def factors(self, above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor, G_sq: Tensor) -> tuple[Tensor, Tensor]:
+        """As :func:`insitu.optim.step.reference.factors`."""
+        ...
+
+    def limited(
+        self,
+        s: Tensor,
+        norm_sq: Tensor,
+        last_norm: Sequence[Tensor],
+        live: Tensor,
+        *,
+        alpha: float,
+        gamma: float,
+        eta: float | Tensor,
+    ) -> Tensor:
+        """As :func:`insitu.optim.step.reference.limited`; the content of s is lost."""
+        ...
+
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """|G|^2 of flat tensors: (T,) float64."""
         ...

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from insitu.optim.projection import Projection, Sketch
+from insitu.optim.projection import Projection, Sketch, placed
 from insitu.optim.rounding import Precision, make_scratch
 from insitu.optim.rounding import Scratch as Rounding
 from insitu.optim.step import fused, reference
@@ -37,8 +37,8 @@ class Blocked:
         """As the reference; blocks of rows, which lie together in memory."""
         num, rows, cols = len(G[0]), *G[0].shape[1:]
         G_sq = torch.zeros(len(R), rows if channel_dim == -2 else cols, device=self._device)
-        for i, matrix in enumerate(matrix for stack in G for matrix in stack):
-            projection = _one(projections[i // num], i % num)
+        for i, found in enumerate(matrix for stack in G for matrix in stack):
+            matrix, projection = placed(found), _one(projections[i // num], i % num)
             if matrix.numel() == 0:  # a part of a sharded tensor may be empty
                 R[i].zero_()
             elif channel_dim == -2:
@@ -162,6 +162,24 @@ class Blocked:
         direction = self._buffer("direction", R.numel()).view(R.shape).zero_()
         fused.adam(direction.unbind(), R.unbind(), M, V, step=step, betas=betas, eps=eps)
         return direction
+
+    def factors(self, above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor, G_sq: Tensor) -> tuple[Tensor, Tensor]:
+        """As the reference."""
+        return reference.factors(above_sq, below_sq, needed_sq, G_sq)
+
+    def limited(
+        self,
+        s: Tensor,
+        norm_sq: Tensor,
+        last_norm: Sequence[Tensor],
+        live: Tensor,
+        *,
+        alpha: float,
+        gamma: float,
+        eta: float | Tensor,
+    ) -> Tensor:
+        """As the reference."""
+        return reference.limited(s, norm_sq, last_norm, live, alpha=alpha, gamma=gamma, eta=eta)
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, a block of elements at a time."""

@@ -45,6 +45,7 @@ class Compiled:
     def __init__(self, plain: Backend) -> None:
         self._plain = plain
         self.norms, self.direct, self.square = plain.norms, plain.direct, plain.square
+        self.factors, self.limited = plain.factors, plain.limited
 
     def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         """As the reference, in one pass over G; a dense product of more than one row is the library's."""

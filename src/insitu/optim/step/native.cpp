@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -14,6 +15,7 @@ namespace {
 using bf16 = uint16_t;
 constexpr int64_t PIECE = 512;  // elements that one thread takes at a time
 constexpr int64_t LANES = 16;   // of insitu.optim.projection
+constexpr float TINY = std::numeric_limits<float>::min();
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -441,6 +443,42 @@ void direct(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* 
       }
     }
     std::copy(square, square + count, out + t * cols + first);
+  }
+}
+
+// Scaling factors of num matrices with n channels, and the sum of s^2 G_sq of each.
+void factors(int64_t num, int64_t n, const float* above, const float* below, const float* needed, const float* G_sq, float* s,
+             double* norm_sq) {
+#pragma omp parallel for schedule(static) if (num * n > PIECE)
+  for (int64_t t = 0; t < num; t++) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = t * n; j < (t + 1) * n; j++) {
+      float found = std::sqrt(above[j]) / std::max(std::sqrt(below[j]), TINY);
+      s[j] = below[j] == 0 || needed[j] == 0 ? 0.0f : found;
+      sum += double(s[j] * s[j] * G_sq[j]);
+    }
+    norm_sq[t] = sum;
+  }
+}
+
+// The limiter of num matrices, b of them to each last_norm, which changes; s becomes eta alpha s factor. numbers: alpha, gamma,
+// eta alpha.
+void limited(int64_t num, int64_t n, int64_t b, float* s, const double* norm_sq, float* const* last_norm, const float* live,
+             const float* numbers) {
+#pragma omp parallel for schedule(static) if (num * n > PIECE)
+  for (int64_t t = 0; t < num; t++) {
+    float &last = last_norm[t / b][t % b], norm = std::sqrt(float(norm_sq[t])) * numbers[0], factor = numbers[2];
+    if (!(live[t] > 0)) {
+      std::fill(s + t * n, s + (t + 1) * n, 0.0f);
+      continue;
+    }
+    if (norm > 0) {
+      float most = last > 0 ? std::min(norm, numbers[1] * last) : norm;
+      factor *= most / std::max(norm, TINY);
+      last = most;
+    }
+    for (int64_t j = t * n; j < (t + 1) * n; j++) s[j] *= factor;
   }
 }
 

@@ -132,6 +132,31 @@ class Native(Blocked):
         self._call("direct", *R.shape, int(side == -1), R, _matrices(M), _matrices(V), each_live, numbers, out)
         return out
 
+    def factors(self, above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor, G_sq: Tensor) -> tuple[Tensor, Tensor]:
+        """As the reference, in one call: thirty small ones, with those of ``limited``, cost as much as a pass over a matrix."""
+        (k, n), inputs = above_sq.shape, [x.contiguous() for x in (above_sq, below_sq, needed_sq, G_sq)]
+        s = torch.empty(k, n, device=self._device)
+        norm_sq = torch.empty(k, dtype=torch.float64, device=self._device)
+        self._call("factors", k, n, *inputs, s, norm_sq)
+        return s, norm_sq
+
+    def limited(
+        self,
+        s: Tensor,
+        norm_sq: Tensor,
+        last_norm: Sequence[Tensor],
+        live: Tensor,
+        *,
+        alpha: float,
+        gamma: float,
+        eta: float | Tensor,
+    ) -> Tensor:
+        """As the reference, in one call."""
+        s, norm_sq, live = s.contiguous(), norm_sq.contiguous(), live.contiguous()
+        numbers = (ctypes.c_float * 3)(alpha, gamma, float(eta) * alpha)
+        self._call("limited", *s.shape, len(s) // len(last_norm), s, norm_sq, _pointers(last_norm), live, numbers)
+        return s
+
     def apply(
         self,
         W: Sequence[Tensor],

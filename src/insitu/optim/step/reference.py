@@ -6,10 +6,10 @@ Zhu et al. 2024, "APOLLO: SGD-like Memory, AdamW-level Performance" (arXiv 2412.
     M_t  = beta1 M_{t-1} + (1 - beta1) R_t           Adam's moments, of R only                         adam_direction
     V_t  = beta2 V_{t-1} + (1 - beta2) R_t^2
     R~_t = M^_t / (sqrt(V^_t) + eps)                 ^ = bias-corrected
-    s_j  = |R~_t[:, j]| / |R_t[:, j]|                how much Adam would scale channel j               plan
+    s_j  = |R~_t[:, j]| / |R_t[:, j]|                how much Adam would scale channel j               factors
            (Mini: one s = |R~_t| / |R_t| per tensor)
     U_t  = alpha G_t diag(s)                         the raw gradient, scaled by channel
-    U_t <- U_t min(1, gamma |U_{t-1}| / |U_t|)       norm-growth limiter (equation 4)                  limit
+    U_t <- U_t min(1, gamma |U_{t-1}| / |U_t|)       norm-growth limiter (equation 4)                  limited
     W_t  = (1 - eta lambda) W_{t-1} - eta U_t        decoupled decay                                   descend
 
 U is never formed: |U|^2 = alpha^2 sum_j s_j^2 |G_j|^2 follows from the sums of squares per channel, so a step is two
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from insitu.optim.exchange import Gather, Plan, Scatter, Sum
-from insitu.optim.projection import Projection, project
+from insitu.optim.projection import Projection, placed, project
 from insitu.optim.rounding import Precision
 from insitu.optim.step import Backend
 from insitu.optim.step.scratch import Scratch
@@ -46,7 +46,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def measure(G: Tensor, projection: Projection, channel_dim: int) -> tuple[Tensor, Tensor]:
     """R = P G, and |G_j|^2 of each channel, (..., n); both float32."""
-    G = G.float().contiguous()  # a library's product of a turned matrix may have other last places
+    G = placed(G.float())
     return project(G, projection, channel_dim), torch.linalg.vector_norm(G, dim=-3 - channel_dim).square_()
 
 
@@ -140,13 +140,15 @@ def plan(
         R, live = memory, is_live(own[0].view(num, -1).sum(1))
         G_sq = backend.measure(G, projections, channel_dim, R)
         R_sq = backend.norms(R, side)
-        G_total, R_total = G_sq.double().sum(-1), R_sq.double().sum(-1)
+        G_total, R_total = G_sq.sum(-1, dtype=torch.float64), R_sq.sum(-1, dtype=torch.float64)
     else:
         R = memory
         G_sq = backend.measure(G, projections, channel_dim, R)
         R, G_sq = yield Scatter(R, G_sq, channel_dim)
         R_sq = backend.norms(R, side)
-        own, (everything, _), _ = yield Sum(torch.stack([G_sq.double().sum(-1), R_sq.double().sum(-1)]))
+        own, (everything, _), _ = yield Sum(
+            torch.stack([G_sq.sum(-1, dtype=torch.float64), R_sq.sum(-1, dtype=torch.float64)])
+        )
         G_total, R_total = own
         live = is_live(G_total.view(num, -1).sum(1) if whole else everything[None])
     with moments() as (M, V):
@@ -154,25 +156,50 @@ def plan(
     del M, V  # copies must not wait for the other tensors
     scratch.give_back(R)
     each_live = live if len(R) == num else live.repeat_interleave(len(R) // num)
-
-    if granularity == "tensor":
-        numerator, _ = yield Gather(numerator.double().sum(-1))
-        s = ratio(numerator, R_total, G_total) if denominator == "projected" else ratio(numerator, G_total, R_total)
-        norm = s * G_total.float().sqrt()
-        s = s[:, None]
-    else:
-        s = ratio(numerator, R_sq, G_sq) if denominator == "projected" else ratio(numerator, G_sq, R_sq)
-        norm_sq, s = yield Gather((s.square() * G_sq).double().sum(-1), s)
-        norm = norm_sq.float().sqrt()
-
-    alive, known = each_live > 0, torch.stack(list(last_norm)).view(-1)
-    factor, last = limit(norm * alpha, known, inf if limiter is None else limiter)
-    last = torch.where(alive, last, known).view(num, *last_norm[0].shape)
-    torch._foreach_copy_(list(last_norm), list(last.unbind()))
-    eta = -lr if maximize else lr
-    eta_s = torch.where(alive[:, None], s * (factor * (eta * alpha))[:, None], 0.0)
+    if granularity == "tensor":  # as one channel
+        total, _ = yield Gather(numerator.sum(-1, dtype=torch.float64))
+        numerator, R_sq, G_sq = (x.float()[:, None] for x in (total, R_total, G_total))
+    s, norm_sq = backend.factors(numerator, *((G_sq, R_sq) if denominator == "exact" else (R_sq, G_sq)), G_sq)
+    if granularity != "tensor":
+        norm_sq, s = yield Gather(norm_sq, s)
+    gamma, eta = inf if limiter is None else limiter, -lr if maximize else lr
+    eta_s = backend.limited(s, norm_sq, last_norm, each_live, alpha=alpha, gamma=gamma, eta=eta)
     decay = each_live * (lr * weight_decay) if weight_decay else None
     return eta_s.unsqueeze(side), decay, live
+
+
+def factors(above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor, G_sq: Tensor) -> tuple[Tensor, Tensor]:
+    """s_j of k matrices, (k, n) float32, and |U|^2 / alpha^2 = sum_j s_j^2 |G_j|^2, (k,) float64.
+
+    Args:
+        above_sq: |R~_j|^2, (k, n) float32, and the others likewise.
+        below_sq: that of what they are divided by.
+        needed_sq: where this is 0, or ``below_sq``, s is 0.
+    """
+    s = ratio(above_sq, below_sq, needed_sq)
+    return s, (s.square() * G_sq).sum(-1, dtype=torch.float64)
+
+
+def limited(
+    s: Tensor,
+    norm_sq: Tensor,
+    last_norm: Sequence[Tensor],
+    live: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    eta: float | Tensor,
+) -> Tensor:
+    """eta alpha s times the limiter's factor, (k, n); ``last_norm``, of one or more matrices each, changes in place.
+
+    Args:
+        s, norm_sq: of :func:`factors`; 0 where ``live`` (k,) is.
+    """
+    alive, known = live > 0, torch.stack(list(last_norm)).view(-1)
+    factor, last = limit(norm_sq.float().sqrt() * alpha, known, gamma)
+    last = torch.where(alive, last, known).view(len(last_norm), *last_norm[0].shape)
+    torch._foreach_copy_(list(last_norm), list(last.unbind()))
+    return torch.where(alive[:, None], s * (factor * (eta * alpha))[:, None], 0.0)
 
 
 def descend(work: Tensor, G: Tensor, eta_s: Tensor, decay: Tensor | None) -> Tensor:
@@ -235,6 +262,12 @@ class Reference:
                 for each in zip(R.chunk(len(M)), M, V, live, strict=True)
             ]
         )
+
+    def factors(self, above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor, G_sq: Tensor) -> tuple[Tensor, Tensor]:
+        return factors(above_sq, below_sq, needed_sq, G_sq)
+
+    def limited(self, s: Tensor, norm_sq: Tensor, last_norm: Sequence[Tensor], live: Tensor, **numbers: Any) -> Tensor:
+        return limited(s, norm_sq, last_norm, live, **numbers)
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
         return torch.stack([g.float().square().sum(dtype=torch.float64) for g in G])

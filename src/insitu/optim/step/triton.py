@@ -29,6 +29,7 @@ class Triton:
 
     def __init__(self) -> None:
         self._plain = reference.Reference()
+        self.factors, self.limited = self._plain.factors, self._plain.limited
 
     def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         """As the reference, in one pass over G (one for each 64 ranks of a dense P)."""
