@@ -206,7 +206,7 @@ def plot(results: Results, path: Path) -> None:
         right.plot([mean(gaps)], [y], "|", color="black", markersize=9)
     right.axvline(0, color="0.6", linewidth=1)
     right.set_yticks(range(len(arms)), list(reversed(arms)))
-    right.set(xlabel=f"final loss less AdamW's, same seed, lr {results.lr:.3g} (left is better)")
+    right.set(xlabel=f"final loss less AdamW's, same seed, lr {results.lr:.3g}\n(left is better)")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

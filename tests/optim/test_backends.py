@@ -18,6 +18,7 @@ from torch import nn
 from insitu import APOLLO
 from insitu.optim import step as steps
 from insitu.optim.options import BACKENDS
+from insitu.optim.projection import Sketch, layout, make
 from insitu.optim.step import kernels, native
 
 # Inductor, when it is first imported, defines what torch itself calls deprecated.
@@ -138,6 +139,64 @@ def test_a_gradient_of_nan_changes_nothing_where_the_host_does_not_look(backend:
     assert torch.equal(W, before)
     assert torch.equal(M, kept[0])
     assert torch.equal(V, kept[1])
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_scaling_factors(backend: str) -> None:
+    made = steps.choose(backend, torch.device("cpu"))
+    above, below, needed, G_sq = (torch.rand(3, 700) + 0.1 for _ in range(4))
+    below[0, 3] = needed[1, 5] = below[2, 7] = needed[2, 7] = 0.0
+    s, norm_sq = made.factors(above, below, needed, G_sq)
+    expected = (above.double() / below.double()).sqrt()
+    expected[0, 3] = expected[1, 5] = expected[2, 7] = 0.0
+    torch.testing.assert_close(s.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm_sq, (expected.square() * G_sq).sum(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_limited_scaling_factors(backend: str) -> None:
+    made = steps.choose(backend, torch.device("cpu"))
+    # Two tensors of three matrices: limited, small enough, without an earlier update; none now, not live, and NaN.
+    norm = torch.tensor([5.0, 1.0, 5.0, 0.0, 5.0, float("nan")])
+    last = [torch.tensor([2.0, 2.0, 0.0]), torch.tensor([2.0, 2.0, 2.0])]
+    live = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    s = torch.rand(6, 300) + 0.1
+    s[5] = float("nan")
+    before = s.clone()
+    numbers = {"alpha": 2.0, "gamma": 1.5, "eta": -0.1}
+    found = made.limited(s, norm.double().square(), last, live, **numbers)
+    factors = torch.tensor([3.0 / 10, 2.0 / 2, 1.0, 1.0, 0.0, 0.0])
+    expected = torch.where(live[:, None] > 0, before * (-0.1 * 2.0 * factors)[:, None], 0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cat(last), torch.tensor([3.0, 2.0, 10.0, 2.0, 2.0, 2.0]), rtol=1e-6, atol=0)
+
+
+# One block of 16 and less, several, with and without a rest; ranks of one group of buckets, of several, and of no whole number.
+@pytest.mark.parametrize(("m", "rank"), [(16, 16), (33, 16), (50, 20), (64, 32), (70, 3), (100, 48)])
+@pytest.mark.parametrize("n", [0, 9, 1600], ids=["square", "a few more", "several pieces"])
+@pytest.mark.parametrize("channel_dim", [-2, -1], ids=["tall", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "compiled"])
+def test_a_sketch_of_blocks(backend: str, dtype: torch.dtype, channel_dim: int, n: int, m: int, rank: int) -> None:
+    if INTERPRETED and n > 9:
+        pytest.skip("the interpreter takes minutes")
+    shape = (m + n, m) if channel_dim == -2 else (m, m + n)
+    G = [torch.randn(1, *shape).to(dtype) for _ in range(2)]
+    size = layout(*shape, rank)
+    sketches = [make("sketch", seed, 0, size) for seed in (1, 2)]
+    R = torch.full((2, *((m + n, rank) if channel_dim == -2 else (rank, m + n))), 7.0)  # whatever was there
+    made = steps.choose(backend, torch.device("cpu"))
+    G_sq, R_sq = made.measure(G, sketches, channel_dim, R), made.norms(R, -3 - channel_dim)
+    for i, (g, sketch) in enumerate(zip(G, sketches, strict=True)):
+        assert isinstance(sketch, Sketch)
+        P = torch.zeros(rank, m, dtype=torch.float64)
+        place = torch.arange(len(sketch.order))
+        P.index_put_((place % rank, sketch.order.long()), sketch.signs.double(), accumulate=True)
+        x = g[0].double()
+        expected = x @ P.T if channel_dim == -2 else P @ x
+        for found, exact in ((R[i], expected), (G_sq[i], x.square().sum(-3 - channel_dim))):
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(R_sq[i].double(), expected.square().sum(-3 - channel_dim), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -29,6 +29,8 @@ _FEWEST_COLUMNS = 256  # of a block of a wide matrix: each of its rows is read i
 class Blocked:
     """The backend for CPUs."""
 
+    factors, limited = staticmethod(reference.factors), staticmethod(reference.limited)
+
     def __init__(self, device: torch.device, scratch: Scratch) -> None:
         self._device, self._threads, self._scratch = device, torch.get_num_threads(), scratch
         self._round: Rounding | None = None
@@ -162,24 +164,6 @@ class Blocked:
         direction = self._buffer("direction", R.numel()).view(R.shape).zero_()
         fused.adam(direction.unbind(), R.unbind(), M, V, step=step, betas=betas, eps=eps)
         return direction
-
-    def factors(self, above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor, G_sq: Tensor) -> tuple[Tensor, Tensor]:
-        """As the reference."""
-        return reference.factors(above_sq, below_sq, needed_sq, G_sq)
-
-    def limited(
-        self,
-        s: Tensor,
-        norm_sq: Tensor,
-        last_norm: Sequence[Tensor],
-        live: Tensor,
-        *,
-        alpha: float,
-        gamma: float,
-        eta: float | Tensor,
-    ) -> Tensor:
-        """As the reference."""
-        return reference.limited(s, norm_sq, last_norm, live, alpha=alpha, gamma=gamma, eta=eta)
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, a block of elements at a time."""

@@ -190,10 +190,12 @@ def limited(
     gamma: float,
     eta: float | Tensor,
 ) -> Tensor:
-    """eta alpha s times the limiter's factor, (k, n); ``last_norm``, of one or more matrices each, changes in place.
+    """eta alpha s times the limiter's factor, (k, n), 0 where ``live`` (k,) is 0; ``last_norm`` changes in place.
 
     Args:
-        s, norm_sq: of :func:`factors`; 0 where ``live`` (k,) is.
+        s, norm_sq: of :func:`factors`.
+        last_norm: tensors of one or more of the k matrices each, in their order.
+        eta: negative to climb.
     """
     alive, known = live > 0, torch.stack(list(last_norm)).view(-1)
     factor, last = limit(norm_sq.float().sqrt() * alpha, known, gamma)
@@ -236,6 +238,8 @@ def adamw_descend(
 class Reference:
     """The backend that does each pass on whole tensors, in the words of this file."""
 
+    factors, limited = staticmethod(factors), staticmethod(limited)
+
     def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         found, G_sq = zip(*(measure(g, P, channel_dim) for g, P in zip(G, projections, strict=True)), strict=True)
         torch.cat(found, out=R)
@@ -262,12 +266,6 @@ class Reference:
                 for each in zip(R.chunk(len(M)), M, V, live, strict=True)
             ]
         )
-
-    def factors(self, above_sq: Tensor, below_sq: Tensor, needed_sq: Tensor, G_sq: Tensor) -> tuple[Tensor, Tensor]:
-        return factors(above_sq, below_sq, needed_sq, G_sq)
-
-    def limited(self, s: Tensor, norm_sq: Tensor, last_norm: Sequence[Tensor], live: Tensor, **numbers: Any) -> Tensor:
-        return limited(s, norm_sq, last_norm, live, **numbers)
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
         return torch.stack([g.float().square().sum(dtype=torch.float64) for g in G])
