@@ -44,7 +44,7 @@ _LAYER = [
 ]
 SHAPES: list[tuple[int, ...]] = [(VOCABULARY, HIDDEN), *(_LAYER * LAYERS), (HIDDEN,)]  # the head is the table
 RANK = 144
-CPU_BACKENDS = ("blocked", "native", "compiled")
+CPU_BACKENDS = ("blocked", "native", "fused", "compiled")
 METHODS: dict[str, dict[str, Any]] = {
     "mini": {"rank": 1},
     "sketch": {"rank": RANK, "projection": "sketch"},

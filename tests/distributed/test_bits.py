@@ -20,7 +20,7 @@ STORED: list[dict[str, Any]] = [
     {"rounding": "compensated"},
     {"rounding": "compensated", "moments": "bfloat16"},
     {"rounding": "nearest", "granularity": "tensor"},
-    *({"backend": backend} for backend in ("blocked", "native")),
+    *({"backend": backend} for backend in ("blocked", "native", "fused")),
 ]
 
 
@@ -43,7 +43,7 @@ def test_with_its_channels_sharded_a_tensor_has_the_bits_of_the_whole(
     [
         {"adamw": ["*"]},
         {"adamw": ["*"], "moments": "bfloat16"},
-        *({"adamw": ["*"], "backend": backend} for backend in ("blocked", "native")),
+        *({"adamw": ["*"], "backend": backend} for backend in ("blocked", "native", "fused")),
     ],
     ids=str,
 )

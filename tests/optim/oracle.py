@@ -35,6 +35,7 @@ class Apollo:
     M: Array | None = None
     V: Array | None = None
     norms: list[float] = field(default_factory=list)
+    cancellation: float = 1.0  # the largest of |P| |G_j| / |R_j|: so much of float32's precision a sum may lose
 
     def step(self, gradient: Array) -> None:
         turned = self.W.shape[0] >= self.W.shape[1]
@@ -45,6 +46,8 @@ class Apollo:
         self.t += 1
         m, r = G.shape[0], P.shape[0]
         R = np.einsum("rm,mn->rn", P, G)
+        sizes, left = np.linalg.norm(P) * np.linalg.norm(G, axis=0), np.linalg.norm(R, axis=0)
+        self.cancellation = max([self.cancellation, *sizes[left > 0] / left[left > 0]])
         if self.M is None or self.V is None:
             self.M, self.V = np.zeros_like(R), np.zeros_like(R)
         self.M = self.beta1 * self.M + (1 - self.beta1) * R

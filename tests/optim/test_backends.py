@@ -24,7 +24,7 @@ from insitu.optim.step import kernels, native
 # Inductor, when it is first imported, defines what torch itself calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = ["triton"] if INTERPRETED else ["blocked", "native", "compiled"]
+HERE = ["triton"] if INTERPRETED else ["blocked", "native", "fused", "compiled"]
 SHAPES = [(34, 20), (20, 34), (17, 17), (3, 11, 7), (2, 5, 12), (1, 19), (19, 1), (37,)]
 OPTIONS: list[dict[str, Any]] = [
     {"rank": 1},
@@ -44,7 +44,7 @@ CASES = [
     for backend in HERE
     for i, options in enumerate(OPTIONS)
     for shape in SHAPES
-    if backend in ("blocked", "native") or (i in FEW and (shape in SHAPES[:2] or i == 0))
+    if backend in ("blocked", "native", "fused") or (i in FEW and (shape in SHAPES[:2] or i == 0))
 ]
 
 
@@ -317,7 +317,7 @@ def test_another_rate_step_or_norm_compiles_nothing() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the choice")
-@pytest.mark.parametrize("name", ["compiled", "native"])
+@pytest.mark.parametrize("name", ["compiled", "native", "fused"])
 def test_without_a_compiler_it_warns_once_and_does_the_step(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("insitu.optim.step.compiled.missing_compiler", lambda device: "no C++ compiler (c++)")
     monkeypatch.setenv("CXX", "no-such-compiler")

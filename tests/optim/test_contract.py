@@ -277,7 +277,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][index][key])), key
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 @pytest.mark.parametrize("which", ["up.weight", "up.bias", "experts", "gain", "table.weight"])
 def test_skip_leaves_the_tensor_out_and_counts_it(make_ours: Make, backend: str, which: str) -> None:
     m, n = model(torch.bfloat16), model(torch.bfloat16)
@@ -303,7 +303,7 @@ def test_skip_leaves_the_tensor_out_and_counts_it(make_ours: Make, backend: str,
 def test_where_reading_waits_for_the_device_the_error_comes_one_step_later(
     make_ours: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in ("base", "kept"):
+    for room in ("base", "counting", "kept"):
         monkeypatch.setattr(f"insitu.optim.{room}.readable", lambda tensor: False)
     m = model()
     optimizer = make_ours(m.named_parameters(), backend="reference")

@@ -138,7 +138,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_kept_changes_no_bit(name: str, backend: str) -> None:
     kept, fresh = (run(CHANGES[name], keep, backend=backend, nonfinite="skip") for keep in (True, False))

@@ -87,12 +87,14 @@ def some_gradients(shape: tuple[int, int], num: int = 7) -> list[np.ndarray]:
 
 def assert_agree(W: np.ndarray, oracle: Apollo) -> None:
     assert np.isfinite(W).all()
-    np.testing.assert_allclose(W, oracle.W, rtol=0, atol=TOLERANCE * np.abs(oracle.W).max())
+    # Beyond that only where R_j is a small rest of a large sum, and by no more than that explains.
+    tolerance = max(TOLERANCE, np.finfo(np.float32).eps * oracle.cancellation)
+    np.testing.assert_allclose(W, oracle.W, rtol=0, atol=tolerance * np.abs(oracle.W).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sketch", "svd"])
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 def test_every_shape_and_projection_on_every_backend(shape: tuple[int, int], kind: str, backend: str) -> None:
     W, oracle, optimizer = run_both(shape, some_gradients(shape), kind=kind, backend=backend)
     assert_agree(W, oracle)
@@ -132,7 +134,7 @@ def test_every_option(options: dict[str, Any], shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sketch", "svd"])
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"denominator": "exact"}], ids=str)
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 def test_a_stack_is_so_many_matrices_of_one_projection(
     kind: str, options: dict[str, Any], shape: tuple[int, int], backend: str
 ) -> None:
@@ -275,7 +277,7 @@ def test_any_shape_and_combination(
     np.testing.assert_allclose(W, oracle.W, rtol=0, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_what_is_not_projected_takes_adamw(backend: str, decay: float) -> None:
     rng = np.random.default_rng(4)

@@ -95,7 +95,7 @@ def test_it_is_the_plain_step_bit_for_bit(make: Make, dtype: torch.dtype) -> Non
     assert not same(plain, model(dtype))
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 @pytest.mark.parametrize("how", ["accumulate", "last"])
 def test_under_accumulation_gradients_are_kept_until_the_last_micro_batch(how: str, backend: str) -> None:
     plain, released = model(), model()

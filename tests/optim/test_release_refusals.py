@@ -192,7 +192,8 @@ def test_skip_leaves_out_the_tensor_as_the_plain_step_does(make: Make) -> None:
 def test_where_reading_waits_for_the_device_the_error_comes_one_step_later(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("insitu.optim.base.readable", lambda tensor: False)
+    for room in ("base", "counting"):
+        monkeypatch.setattr(f"insitu.optim.{room}.readable", lambda tensor: False)
     m = model()
     optimizer = make(m.named_parameters(), backend="reference")
     GradientRelease(optimizer)

@@ -190,7 +190,7 @@ def test_a_rank_above_half_the_side_warns_once() -> None:
     assert "rank=5" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 def test_a_step_in_two_halves_is_the_step_and_the_first_half_changes_no_weight(backend: str) -> None:
     whole, halves = model(torch.bfloat16), model(torch.bfloat16)
     one, two = (optimizer_of(m, backend=backend, dense="apollo") for m in (whole, halves))

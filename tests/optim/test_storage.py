@@ -8,7 +8,7 @@ from torch import nn
 
 from insitu import APOLLO
 
-BACKENDS = ["reference", "blocked", "native"]
+BACKENDS = ["reference", "blocked", "native", "fused"]
 
 
 def gradients(*shape: int, num: int) -> list[torch.Tensor]:

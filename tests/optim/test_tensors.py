@@ -32,7 +32,7 @@ def some(*shape: int, num: int = 3) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=generator) for _ in range(num)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12)], ids=str)
 def test_strides_do_not_matter(backend: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -46,7 +46,7 @@ def test_strides_do_not_matter(backend: str, dtype: torch.dtype, shape: tuple[in
     assert torch.equal(stepped(start, [g.expand(2, *shape)[1] for g in gradients], backend=backend), plain)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "native"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (3, 9, 7)], ids=str)
 def test_where_a_gradient_lies_does_not_matter(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

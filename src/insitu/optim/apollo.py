@@ -17,22 +17,13 @@ from torch import Tensor
 
 from insitu.optim import options
 from insitu.optim.base import TensorWise
-from insitu.optim.bundles import Bound, Write
-from insitu.optim.elementwise import adamw, arithmetic, sgd
-from insitu.optim.exchange import Links, Plan
-from insitu.optim.projection import (
-    Layout,
-    Projection,
-    ProjectionCache,
-    layout,
-    matrix_shape,
-    narrow,
-    singular_vectors,
-)
-from insitu.optim.sharding import Part, Split, distributed, local_of, split, whole_of
-from insitu.optim.step import Backend
-from insitu.optim.step.reference import auto_alpha, plan
-from insitu.optim.task import Task, Turn, moments_of, weights_of
+from insitu.optim.bundles import Bound
+from insitu.optim.elementwise import adamw, sgd
+from insitu.optim.exchange import Links
+from insitu.optim.matrices import projected
+from insitu.optim.projection import Layout, ProjectionCache, layout, matrix_shape
+from insitu.optim.sharding import Part, distributed, local_of, split
+from insitu.optim.task import Task, Turn
 from insitu.optim.tensors import name_of, refuse_flattened
 
 _log = logging.getLogger(__name__)
@@ -75,7 +66,8 @@ class APOLLO(TensorWise):
         seed: of all randomness: projections and rounding.
         backend: "auto" (Triton on CUDA where it is installed; on a CPU the C++ kernels that were compiled at installation, else
             blocks), or by name: "reference" (the formulas as they are written), "blocked" (CPU), "native" (CPU, C++),
-            "compiled" (torch.compile), "triton" (CUDA).
+            "fused" (the same, each tensor written while its gradient is in the cache, so that one that is not finite is
+            refused when the others have been updated), "compiled" (torch.compile), "triton" (CUDA).
 
     Every option may be given per group, and changed between steps. A changed rank starts the moments afresh.
 
@@ -243,58 +235,8 @@ class APOLLO(TensorWise):
         task = tasks[0]
         size = _layout(task.parameter, task.group, task.name)
         if size:
-            return self._bind_matrices(tasks, size)
+            return projected(tasks, size, self._projections, self._scratch)  # and not self, which holds what is bound
         return sgd(tasks) if _sgd(task.group) else adamw(tasks)
-
-    def _bind_matrices(self, tasks: Sequence[Task], size: Layout) -> Bound:
-        """What is looked up is looked up before any kernel runs: after a pass over gradients the interpreter is cold."""
-        group, part = tasks[0].group, tasks[0].part
-        parts = split(part, size, tasks[0].name)
-        moments, weights = moments_of(tasks, parts.local[0]), weights_of(tasks, parts.local)
-        last_norms = [local_of(task.state["update_norm"]) for task in tasks]
-        scratch, known = self._scratch, self._projections  # and not self, which holds what is bound here
-
-        def of_step(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
-            vectors = _singular(tasks[0], size, done) if group["projection"] == "svd" else None
-            projections = (
-                [_random(known, task, size, parts, done) for task in tasks]
-                if vectors is None
-                else [narrow(vectors.narrow(0, *parts.stack), *parts.projected)]
-            )
-            G = [gradient.reshape(parts.local) for gradient in gradients]
-            planned = plan(
-                G,
-                lambda: moments(done),
-                last_norms,
-                projections,
-                rank=size.rank,
-                channel_dim=size.channel_dim,
-                whole=part.mesh is None,
-                alpha=auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
-                granularity=_granularity(group),
-                denominator=group["denominator"],
-                limiter=group["limiter"],
-                backend=backend,
-                scratch=scratch,
-                **arithmetic(group, done),
-            )
-            precisions = [task.precision(done) for task in tasks]
-
-            def steps() -> Plan[Write]:
-                eta_s, decay, live = yield from planned
-                if vectors is not None:
-                    state = tasks[0].state
-                    state["projection"] = torch.where(live > 0, vectors, state.get("projection", vectors))
-
-                def write(backend: Backend) -> None:
-                    with weights(done) as W:
-                        backend.apply(W, G, eta_s, decay, live, precisions)
-
-                return write
-
-            return steps()
-
-        return of_step
 
 
 class APOLLOMini(APOLLO):
@@ -310,25 +252,6 @@ class APOLLOMini(APOLLO):
                 "use APOLLO(rank=..., granularity='tensor')"
             )
         super().__init__(params, lr, rank=1, **options)
-
-
-def _random(known: ProjectionCache, task: Task, size: Layout, parts: Split, done: int) -> Projection:
-    kind, index = task.group["projection"], done // task.group["refresh"]
-    task.state.pop("projection", None)
-    return known.get(task.parameter, kind, task.state["seed"], index, size, parts.projected)
-
-
-def _singular(task: Task, size: Layout, done: int) -> Tensor:
-    """The projections of "svd", (b, r, m): those of the state, or at a refresh the gradient's singular vectors."""
-    known = task.state.get("projection") if done else None
-    if known is not None and done % task.group["refresh"]:
-        return known  # type: ignore[no-any-return]
-    assert task.parameter.grad is not None
-    whole = whole_of(task.parameter.grad).nan_to_num()  # a NaN is refused later, by name
-    whole = whole.reshape(size.stack or 1, size.rows, size.cols)
-    fresh = singular_vectors(whole, size)
-    # A matrix of a stack that has no gradient now keeps what it has.
-    return fresh if known is None else torch.where(whole.any(-1).any(-1)[:, None, None], fresh, known)
 
 
 def _sgd(group: dict[str, Any]) -> bool:
@@ -355,9 +278,3 @@ def _layout_of(shape: torch.Size, conv: bool, rank: int) -> Layout:
 
 def _moment_dtype(group: dict[str, Any]) -> torch.dtype:
     return torch.float32 if group["moments"] == "float32" else torch.bfloat16
-
-
-def _granularity(group: dict[str, Any]) -> str:
-    if group["granularity"] != "auto":
-        return str(group["granularity"])
-    return "tensor" if group["rank"] == 1 else "channel"

@@ -157,14 +157,15 @@ class TensorWise(Optimizer):
         """Update every tensor that has a gradient; ``closure`` recomputes and returns the loss.
 
         Raises:
-            ValueError: a gradient that is not finite, unless ``nonfinite="skip"``. On a CPU before anything has changed; other
-                devices are not waited for, so there at the next step, and the tensor itself was left alone.
+            ValueError: a gradient that is not finite, unless ``nonfinite="skip"``. On a CPU before anything has changed, or, of
+                ``backend="fused"``, when the other tensors have been updated; other devices are not waited for, so there at
+                the next step. The tensor itself was left alone.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.prepare()()
+        self._halves(at_once=True)()
         return loss
 
     @torch.no_grad()
@@ -173,7 +174,11 @@ class TensorWise(Optimizer):
 
         Returns the second half, which writes the weights. Call it once, before the gradients change; if it is never called,
         the moments have still moved. For whoever must stop readers of the weights while they are written, and no longer.
+        ``backend="fused"``, which knows no halves, is "native" here.
         """
+        return self._halves(at_once=False)
+
+    def _halves(self, *, at_once: bool) -> Callable[[], None]:
         for group in self.param_groups:
             self._check(group)
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
@@ -185,12 +190,17 @@ class TensorWise(Optimizer):
             steps = self._bundles(turns)
             if all(map(keepable, turns)):
                 self._kept = Kept(self.param_groups, [step.bundle for step in steps])
-        write_tensors, _ = self._prepare(steps, Backends(self._scratch))
+        late: list[Task] | None = None
+        if at_once and any(group["backend"] == "fused" for group in self.param_groups):
+            late = []  # some weights are written before all gradients are seen
+        write_tensors, _ = self._prepare(steps, Backends(self._scratch, at_once), late)
 
         @torch.no_grad()
         def write() -> None:
-            write_tensors(Backends(self._scratch))  # the number of threads may be another by now
+            write_tensors(Backends(self._scratch, at_once))  # the number of threads may be another by now
             self.observe(stepped)
+            for task in late or ():
+                refuse_nonfinite(task)
 
         return write
 
@@ -203,7 +213,7 @@ class TensorWise(Optimizer):
         """
         for group in self.param_groups:
             self._check(group)
-        backends = Backends(self._scratch)
+        backends = Backends(self._scratch, at_once=True)
 
         @torch.no_grad()
         def update(place: Place) -> Tensor:
@@ -233,10 +243,10 @@ class TensorWise(Optimizer):
         return steps
 
     def _prepare(
-        self, steps: Sequence[Step], backends: Backends
+        self, steps: Sequence[Step], backends: Backends, late: list[Task] | None = None
     ) -> tuple[Callable[[Backends], None], dict[int, Tensor]]:
         """The first half of a step of these tensors; the second, still without :meth:`observe`, and the |G|^2 of each, by
-        bundle."""
+        bundle. Whose gradient is not finite is refused at once, or put into ``late``."""
         self._scratch.begin(max((task.part.tensor.nbytes for step in steps for task in step.bundle.tasks), default=0))
         squares: dict[int, Tensor] = {}
         all_step: dict[int, bool] = {}  # known where the host can read it
@@ -249,8 +259,12 @@ class TensorWise(Optimizer):
                 found = square.tolist()
                 all_step[i] = all(isfinite(x) and x != 0 for x in found)
                 for task, x in zip(together, found, strict=True):
-                    if not isfinite(x):
+                    if isfinite(x):
+                        continue
+                    if late is None:
                         refuse_nonfinite(task)
+                    else:
+                        late.append(task)
 
         def of(backends: Backends, task: Task) -> Backend:
             return backends.of(task.group, task.part.tensor)

@@ -69,14 +69,15 @@ def _of_moderate_size(turns: list[Turn], fitting: int) -> Iterator[list[Turn]]:
 
 
 class Backends:
-    """The backends of one half of a step, each made once."""
+    """The backends of one half of a step, each made once; "fused" only where a step may be done ``at_once``."""
 
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch = scratch
+    def __init__(self, scratch: Scratch, at_once: bool) -> None:
+        self._scratch, self._at_once = scratch, at_once
         self._made: dict[tuple[str, torch.device], Backend] = {}
 
     def of(self, group: dict[str, Any], p: Tensor) -> Backend:
-        chosen = backend_for(p, group["backend"]), p.device
+        name = backend_for(p, group["backend"])
+        chosen = "native" if name == "fused" and not self._at_once else name, p.device
         if chosen not in self._made:
             self._made[chosen] = choose(*chosen, self._scratch)
         return self._made[chosen]

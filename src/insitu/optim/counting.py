@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from insitu.optim.tensors import readable
+
 
 class _Copy(NamedTuple):
     counts: Tensor  # (tensors, 2) int64, pinned host memory: updates, and gradients that were skipped
@@ -30,6 +32,8 @@ class StepCounts:
         known = self._copies.get(parameter)
         if known is None:
             step, skipped = int(state["step"]), int(state["skipped"])
+            if readable(parameter):  # who steps it sees what is skipped, and says so at once
+                return step, False
         else:
             copy, row = known
             copy.arrived.synchronize()

@@ -10,7 +10,7 @@ from torch import Tensor
 from insitu.optim.groups import ROLES
 from insitu.optim.projection import PROJECTIONS
 
-BACKENDS = ("auto", "reference", "blocked", "native", "compiled", "triton")
+BACKENDS = ("auto", "reference", "blocked", "native", "fused", "compiled", "triton")
 _CHOICES = {
     "projection": PROJECTIONS,
     "granularity": ("auto", "channel", "tensor"),

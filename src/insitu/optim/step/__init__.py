@@ -112,11 +112,11 @@ def choose(name: str, device: torch.device, scratch: Scratch | None = None) -> B
     """The backend for tensors on ``device``, with ``scratch`` to use; the one place of choice.
 
     "auto" is Triton on CUDA where it can be imported; on a CPU, where it never compiles, the C++ kernels if they were compiled
-    at installation, else blocks; and the reference anywhere else. "compiled" and "native" without a compiler warn once, and
-    blocks (on CUDA the reference) do the steps.
+    at installation, else blocks; and the reference anywhere else. "compiled", "native" and "fused" without a compiler warn
+    once, and blocks (on CUDA the reference) do the steps.
 
     Raises:
-        ValueError: "triton" where it cannot run, "blocked" or "native" elsewhere than on a CPU.
+        ValueError: "triton" where it cannot run, "blocked", "native" or "fused" elsewhere than on a CPU.
     """
     picked, scratch = _picked(name, device.type), scratch or Scratch()
     if picked == "triton":
@@ -127,10 +127,10 @@ def choose(name: str, device: torch.device, scratch: Scratch | None = None) -> B
         from insitu.optim.step.compiled import Compiled
 
         return Compiled(_plain(device, scratch))
-    if picked == "native":
-        from insitu.optim.step.native import Native
+    if picked in ("native", "fused"):
+        from insitu.optim.step.native import Fused, Native
 
-        return Native(device, scratch)
+        return (Fused if picked == "fused" else Native)(device, scratch)
     return _plain(device, scratch) if picked == "blocked" else _reference()
 
 
@@ -140,11 +140,11 @@ def _picked(name: str, device_type: str) -> str:
     picked = name
     if name == "auto":
         picked = _of_cpu() if device_type == "cpu" else "triton" if _triton_lacks(device_type) is None else "reference"
-    elif name in ("blocked", "native") and device_type != "cpu":
+    elif name in ("blocked", "native", "fused") and device_type != "cpu":
         raise ValueError(f"backend={name!r} on {device_type}: it is for CPUs; use backend='auto'")
     elif name == "triton" and (lack := _triton_lacks(device_type)):
         raise ValueError(f"backend='triton' cannot run on {device_type}: {lack}; use backend='auto'")
-    elif name in ("native", "compiled") and (lack := _compiler_lacks(name, device_type)):
+    elif name in ("native", "fused", "compiled") and (lack := _compiler_lacks(name, device_type)):
         picked = "blocked" if device_type == "cpu" else "reference"
         warnings.warn(
             f"backend={name!r} on {device_type} finds {lack}: {picked!r} does the steps instead, with the same numbers",
@@ -163,7 +163,7 @@ def _of_cpu() -> str:
 
 def _compiler_lacks(name: str, device_type: str) -> str | None:
     """What is missing to compile, or None."""
-    if name == "native":
+    if name in ("native", "fused"):
         from insitu.optim.step import native
 
         return built if isinstance(built := native.build(), str) else None

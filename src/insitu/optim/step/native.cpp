@@ -4,9 +4,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <vector>
-#ifdef __AVX512F__
+
+#include <omp.h>
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#define REGISTERS  // that a block of LANES can be permuted in
 #include <immintrin.h>
 #endif
 
@@ -36,10 +40,11 @@ inline void store(bf16& out, float x) {  // to nearest even
 }
 
 // As insitu.optim.rounding has it, to the bit.
+constexpr uint32_t WEYL = 0x9E3779B1u, MIXER = 0x85EBCA6Bu;
 inline uint32_t random_word(uint32_t index, uint32_t base, uint32_t factor) {
-  uint32_t word = base + index * 0x9E3779B1u;
+  uint32_t word = base + index * WEYL;
   word = (word ^ uint32_t(int32_t(word) >> 15)) * factor;
-  return (word ^ uint32_t(int32_t(word) >> 15)) * 0x85EBCA6Bu;
+  return (word ^ uint32_t(int32_t(word) >> 15)) * MIXER;
 }
 inline uint32_t random_bits(uint32_t place, uint32_t base, uint32_t factor) {
   return (random_word(place >> 1, base, factor) >> ((place & 1) << 4)) & 0xFFFF;
@@ -138,12 +143,55 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
   }
 }
 
-#ifdef __AVX512F__
-inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
-inline __m512 load16(const bf16* x) {
-  __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-}
+// A block of LANES float32 in registers.
+#if defined(__AVX512F__)
+struct Block {
+  __m512 x;
+  static Block zero() { return {_mm512_setzero_ps()}; }
+  static Block load(const float* x) { return {_mm512_loadu_ps(x)}; }
+  static Block load(const bf16* x) {
+    __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+  }
+  void store(float* out) const { _mm512_storeu_ps(out, x); }
+  Block turned(const int32_t* order) const {  // by the low four bits
+    return {_mm512_permutexvar_ps(_mm512_loadu_si512(order), x)};
+  }
+  void add(Block a, Block b) { x = _mm512_fmadd_ps(a.x, b.x, x); }  // a b
+  Block times(Block a) const { return {_mm512_mul_ps(x, a.x)}; }
+  float sum() const { return _mm512_reduce_add_ps(x); }
+};
+constexpr int64_t ABREAST = 4;  // rows, whose sums are all in registers
+#elif defined(REGISTERS)
+struct Block {
+  __m256 x, y;
+  static Block zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static Block load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+  static Block load(const bf16* x) {
+    auto half = [](const bf16* x) {
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16));
+    };
+    return {half(x), half(x + 8)};
+  }
+  void store(float* out) const { _mm256_storeu_ps(out, x), _mm256_storeu_ps(out + 8, y); }
+  Block turned(const int32_t* order) const {  // by the low three bits within a half, by the fourth from either
+    auto half = [this](const int32_t* order) {
+      __m256i lanes = _mm256_loadu_si256((const __m256i*)order);
+      __m256 low = _mm256_permutevar8x32_ps(x, lanes), high = _mm256_permutevar8x32_ps(y, lanes);
+      return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
+    };
+    return {half(order), half(order + 8)};
+  }
+  void add(Block a, Block b) { x = _mm256_fmadd_ps(a.x, b.x, x), y = _mm256_fmadd_ps(a.y, b.y, y); }  // a b
+  Block times(Block a) const { return {_mm256_mul_ps(x, a.x), _mm256_mul_ps(y, a.y)}; }
+  float sum() const {
+    __m256 both = _mm256_add_ps(x, y);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+};
+constexpr int64_t ABREAST = 2;  // rows, whose sums are all in registers
 #endif
 
 // y = sign x[order] of a row, and |x|^2. A sketch keeps 16 neighbours together: they only change places within a register.
@@ -151,16 +199,15 @@ template <class T>
 inline float turn(const T* x, int64_t cols, const int32_t* order, const float* sign, float* y) {
   int64_t first = 0;
   float square = 0;
-#ifdef __AVX512F__
-  __m512 squares = _mm512_setzero_ps();
+#ifdef REGISTERS
+  Block squares = Block::zero();
   for (; first + LANES <= cols; first += LANES) {
     __builtin_prefetch(x + AHEAD * cols + first);
-    __m512 block = load16(x + order[first] / LANES * LANES);
-    squares = _mm512_fmadd_ps(block, block, squares);
-    __m512 turned = _mm512_permutexvar_ps(_mm512_loadu_si512(order + first), block);  // by the low four bits
-    _mm512_storeu_ps(y + first, _mm512_mul_ps(turned, _mm512_loadu_ps(sign + first)));
+    Block block = Block::load(x + order[first] / LANES * LANES);
+    squares.add(block, block);
+    block.turned(order + first).times(Block::load(sign + first)).store(y + first);
   }
-  square = _mm512_reduce_add_ps(squares);
+  square = squares.sum();
 #endif
 #pragma omp simd reduction(+ : square)
   for (int64_t i = first; i < cols; i++) {
@@ -171,9 +218,55 @@ inline float turn(const T* x, int64_t cols, const int32_t* order, const float* s
   return square;
 }
 
+#ifdef REGISTERS
+// ROWS rows whose blocks fill whole registers of buckets, at a time: the order is read once for all of them.
+template <int64_t ROWS, class T>
+inline void measure_blocks(const T* x, int64_t cols, const int32_t* order, const float* sign, int64_t rank, float* R, float* R_sq,
+                           float* G_sq) {
+  Block squares[ROWS], norms[ROWS], sums[ROWS];
+  for (int64_t k = 0; k < ROWS; k++) squares[k] = norms[k] = Block::zero();
+  const char* next = (const char*)(x + ROWS * cols);
+  for (int64_t b = 0; b < rank; b += LANES) {
+    for (int64_t k = 0; k < ROWS; k++) sums[k] = Block::zero();
+    for (int64_t i = b; i < cols; i += rank) {
+      const T* block = x + order[i] / LANES * LANES;
+      Block signs = Block::load(sign + i);
+      for (int64_t k = 0; k < ROWS; k++) {
+        Block found = Block::load(block + k * cols);
+        squares[k].add(found, found);
+        sums[k].add(found.turned(order + i), signs);
+      }
+      for (size_t line = 0; line < ROWS * LANES * sizeof(T); line += 64) __builtin_prefetch(next + line);
+      next += ROWS * LANES * sizeof(T);
+    }
+    for (int64_t k = 0; k < ROWS; k++) sums[k].store(R + k * rank + b), norms[k].add(sums[k], sums[k]);
+  }
+  for (int64_t k = 0; k < ROWS; k++) G_sq[k] = squares[k].sum(), R_sq[k] = norms[k].sum();
+}
+#endif
+
 template <class T>
 void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
                          const float* const* signs, int64_t rank, int64_t repeats, float* R, float* R_sq, float* G_sq) {
+#ifdef REGISTERS
+  if (rank % LANES == 0 && cols % LANES == 0) {
+    int64_t groups = (rows + ABREAST - 1) / ABREAST;
+#pragma omp parallel for schedule(static)
+    for (int64_t at = 0; at < num * groups; at++) {
+      int64_t t = at / groups, row = at % groups * ABREAST, end = std::min(row + ABREAST, rows);
+      auto measure = [&](auto measured, int64_t row) {
+        int64_t to = t * rows + row;
+        measured(G[t] + row * cols, cols, order[t], signs[t], rank, R + to * rank, R_sq + to, G_sq + to);
+      };
+      if (end - row == ABREAST) {
+        measure(measure_blocks<ABREAST, T>, row);
+      } else {
+        for (; row < end; row++) measure(measure_blocks<1, T>, row);
+      }
+    }
+    return;
+  }
+#endif
 #pragma omp parallel
   {
     std::vector<float> turned(repeats * rank);  // what is left over stays 0
@@ -194,39 +287,45 @@ void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t c
   }
 }
 
-// Blocks of rows in the order of their buckets, the rows of each in the order of memory.
+// N rows of one bucket, with what is in it already.
+template <int64_t N, class T>
+inline void add_rows(const T* const* g, const float* sign, int64_t count, float* sum, float* square) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; j++) {
+    float added = sum[j], squares = square[j];
+    for (int64_t i = 0; i < N; i++) {
+      float x = load(g[i][j]);
+      added += sign[i] * x, squares += x * x;
+    }
+    sum[j] = added, square[j] = squares;
+  }
+}
+
 template <class T>
 void measure_sketch_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
                          const float* const* signs, int64_t rank, float* R, float* R_sq, float* G_sq) {
   Pieces pieces(cols, WIDE);
-  int64_t group = rank % LANES ? rank : LANES;  // of buckets, that blocks fill together
 #pragma omp parallel for schedule(static)
   for (int64_t at = 0; at < num * pieces.num; at++) {
     int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
     float square[WIDE] = {}, norm[WIDE] = {};
-    float* r = R + t * rank * cols + first;
-    for (int64_t b = 0; b < rank; b += group) {
-      for (int64_t k = b; k < b + group; k++) std::fill(r + k * cols, r + k * cols + count, 0.0f);
-      for (int64_t block = 0; block < rows; block += LANES) {
-        if (block % rank / group != b / group) continue;
-        int64_t size = std::min(LANES, rows - block), start = order[t][block] / LANES * LANES, place[LANES];
-        for (int64_t i = block; i < block + size; i++) place[order[t][i] - start] = i;
-        for (int64_t k = 0; k < size; k++) {
-          const T* g = G[t] + (start + k) * cols + first;
-          float sign = signs[t][place[k]], *sum = r + place[k] % rank * cols;
-          if (k + 1 < size) fetch(g + cols, count);
-#pragma omp simd
-          for (int64_t j = 0; j < count; j++) {
-            float x = load(g[j]);
-            sum[j] += sign * x;
-            square[j] += x * x;
-          }
-        }
+    auto row = [&](int64_t place) { return G[t] + order[t][place] * cols + first; };
+    for (int64_t b = 0; b < rank; b++) {
+      float* sum = R + (t * rank + b) * cols + first;
+      std::fill(sum, sum + count, 0.0f);
+      for (int64_t next = b + 1; next < rows && b + 1 < rank; next += rank) fetch(row(next), count);
+      for (int64_t place = b; place < rows; place += 4 * rank) {
+        const T* g[4];
+        float sign[4];
+        int64_t n = 0;
+        for (int64_t i = place; i < rows && n < 4; i += rank, n++) g[n] = row(i), sign[n] = signs[t][i];
+        n == 4   ? add_rows<4>(g, sign, count, sum, square)
+        : n == 3 ? add_rows<3>(g, sign, count, sum, square)
+        : n == 2 ? add_rows<2>(g, sign, count, sum, square)
+                 : add_rows<1>(g, sign, count, sum, square);
       }
-      for (int64_t k = b; k < b + group; k++) {
 #pragma omp simd
-        for (int64_t j = 0; j < count; j++) norm[j] += r[k * cols + j] * r[k * cols + j];
-      }
+      for (int64_t j = 0; j < count; j++) norm[j] += sum[j] * sum[j];
     }
     std::copy(norm, norm + count, R_sq + t * cols + first);
     std::copy(square, square + count, G_sq + t * cols + first);
@@ -244,22 +343,69 @@ inline float direction(const Adam& a, float r, float& m, float& v) {
   return m / ((std::sqrt(v * a.scale2) + a.eps) * a.correction1);
 }
 
-// Two neighbours of a bf16 row as one word, as the random bits come: nothing has to change its place.
+// As many 32-bit numbers as a register holds: wider ones would go through memory.
+#ifdef __AVX512F__
+constexpr int64_t WORDS = 16;
+#else
+constexpr int64_t WORDS = 8;
+#endif
+typedef uint32_t Words __attribute__((vector_size(4 * WORDS)));
+typedef int32_t Integers __attribute__((vector_size(4 * WORDS)));
+typedef float Floats __attribute__((vector_size(4 * WORDS)));
+template <class V>
+inline V load_words(const void* from) {
+  V x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// Two neighbours of a bf16 row are one word, as the random bits come: nothing has to change its place.
+inline uint32_t rounded(uint32_t w, uint32_t g, float keep, float eta_low, float eta_high, uint32_t random) {
+  float low = bits_to_float(w << 16) * keep - bits_to_float(g << 16) * eta_low;
+  float high = bits_to_float(w & 0xFFFF0000u) * keep - bits_to_float(g & 0xFFFF0000u) * eta_high;
+  return ((float_to_bits(low) + (random & 0xFFFF)) >> 16) | ((float_to_bits(high) + (random >> 16)) & 0xFFFF0000u);
+}
+
+// The random words are counted, not multiplied out; a compiler's own loop takes twice the time.
 template <bool BY_COLUMN>
-inline void apply_pairs(uint32_t* w, const uint32_t* g, int64_t pairs, float keep, float one, const float* eta, uint32_t word_index,
-                        uint32_t base, uint32_t factor) {
-#pragma omp simd
-  for (int64_t j = 0; j < pairs; j++) {
+inline void apply_pairs(uint32_t* w, const uint32_t* g, int64_t pairs, float keep, const float* eta_low, const float* eta_high,
+                        uint32_t word_index, uint32_t base, uint32_t factor) {
+  Words counter;
+  for (int64_t k = 0; k < WORDS; k++) counter[k] = base + (word_index + uint32_t(k)) * WEYL;
+  int64_t j = 0;
+  for (; j + WORDS <= pairs; j += WORDS, counter += uint32_t(WORDS) * WEYL) {
+    Words random = (counter ^ (Words)((Integers)counter >> 15)) * factor;
+    random = (random ^ (Words)((Integers)random >> 15)) * MIXER;
+    auto x = load_words<Words>(w + j), y = load_words<Words>(g + j);
+    Floats low = (Floats)(x << 16) * keep, high = (Floats)(x & 0xFFFF0000u) * keep;
+    if (BY_COLUMN) {
+      low -= (Floats)(y << 16) * load_words<Floats>(eta_low + j), high -= (Floats)(y & 0xFFFF0000u) * load_words<Floats>(eta_high + j);
+    } else {
+      low -= (Floats)(y << 16) * *eta_low, high -= (Floats)(y & 0xFFFF0000u) * *eta_high;
+    }
+    x = (((Words)low + (random & 0xFFFFu)) >> 16) | (((Words)high + (random >> 16)) & 0xFFFF0000u);
+    std::memcpy(w + j, &x, sizeof x);
+  }
+  for (; j < pairs; j++) {
     uint32_t random = random_word(word_index + uint32_t(j), base, factor);
-    float low = bits_to_float(w[j] << 16) * keep - bits_to_float(g[j] << 16) * (BY_COLUMN ? eta[2 * j] : one);
-    float high = bits_to_float(w[j] & 0xFFFF0000u) * keep - bits_to_float(g[j] & 0xFFFF0000u) * (BY_COLUMN ? eta[2 * j + 1] : one);
-    w[j] = ((float_to_bits(low) + (random & 0xFFFF)) >> 16) | ((float_to_bits(high) + (random >> 16)) & 0xFFFF0000u);
+    w[j] = rounded(w[j], g[j], keep, eta_low[BY_COLUMN ? j : 0], eta_high[BY_COLUMN ? j : 0], random);
   }
 }
 
+// The factors of the even and of the odd columns, from the first that is the lower half of a word.
+struct Halves {
+  const float* of = nullptr;
+  std::vector<float> low, high;
+  void take(const float* eta, int64_t pairs) {
+    if (of == eta && int64_t(low.size()) == pairs) return;
+    of = eta, low.resize(pairs), high.resize(pairs);
+    for (int64_t j = 0; j < pairs; j++) low[j] = eta[2 * j], high[j] = eta[2 * j + 1];
+  }
+};
+
 // A row that is rounded stochastically: pairs, with what is left over at both ends.
 inline void apply_rounded(bf16* w, const bf16* g, int64_t cols, float keep, const float* eta, bool by_column, uint32_t place,
-                          uint32_t base, uint32_t factor) {
+                          uint32_t base, uint32_t factor, Halves& halves) {
   auto single = [&](int64_t j) {
     float x = load(w[j]) * keep - load(g[j]) * eta[by_column ? j : 0];
     w[j] = bf16((float_to_bits(x) + random_bits(place + uint32_t(j), base, factor)) >> 16);
@@ -270,14 +416,15 @@ inline void apply_rounded(bf16* w, const bf16* g, int64_t cols, float keep, cons
   auto g2 = (const uint32_t*)(g + first);
   uint32_t word_index = (place + uint32_t(first)) >> 1;
   if (by_column) {
-    apply_pairs<true>(w2, g2, pairs, keep, eta[0], eta + first, word_index, base, factor);
+    halves.take(eta + first, pairs);
+    apply_pairs<true>(w2, g2, pairs, keep, halves.low.data(), halves.high.data(), word_index, base, factor);
   } else {
-    apply_pairs<false>(w2, g2, pairs, keep, eta[0], eta, word_index, base, factor);
+    apply_pairs<false>(w2, g2, pairs, keep, eta, eta, word_index, base, factor);
   }
   if (first + 2 * pairs < cols) single(cols - 1);
 }
 inline void apply_rounded(bf16* w, const float* g, int64_t cols, float keep, const float* eta, bool by_column, uint32_t place,
-                          uint32_t base, uint32_t factor) {
+                          uint32_t base, uint32_t factor, Halves&) {
 #pragma omp simd
   for (int64_t j = 0; j < cols; j++) {
     float x = load(w[j]) * keep - g[j] * eta[by_column ? j : 0];
@@ -285,7 +432,7 @@ inline void apply_rounded(bf16* w, const float* g, int64_t cols, float keep, con
   }
 }
 template <class S>
-inline void apply_rounded(float*, const S*, int64_t, float, const float*, bool, uint32_t, uint32_t, uint32_t) {}  // never asked for
+inline void apply_rounded(float*, const S*, int64_t, float, const float*, bool, uint32_t, uint32_t, uint32_t, Halves&) {}  // never asked for
 
 template <class T, class S>
 void adamw_typed(int64_t num, T* const* W, const S* const* G, float* const* M, float* const* V, int64_t size, const Adam& a,
@@ -315,7 +462,8 @@ void adamw_typed(int64_t num, T* const* W, const S* const* G, float* const* M, f
 template <class T, class S>
 void apply_typed(int64_t num, T* const* W, const S* const* G, int64_t rows, int64_t cols, const float* eta_s,
                  int64_t eta_matrix, int64_t eta_row, int64_t eta_col, const float* decay, const int64_t* hash) {
-#pragma omp parallel for schedule(static)
+  Halves halves;
+#pragma omp parallel for schedule(static) firstprivate(halves)
   for (int64_t at = 0; at < num * rows; at++) {
     int64_t t = at / rows, row = at % rows;
     T* w = W[t] + row * cols;
@@ -325,7 +473,7 @@ void apply_typed(int64_t num, T* const* W, const S* const* G, int64_t rows, int6
     float keep = 1 - (decay ? decay[t] : 0.0f), one = eta[0];
     if (hash) {
       uint32_t place = uint32_t(row * cols + hash[3 * t + 2]);
-      apply_rounded(w, g, cols, keep, eta, eta_col != 0, place, uint32_t(hash[3 * t]), uint32_t(hash[3 * t + 1]));
+      apply_rounded(w, g, cols, keep, eta, eta_col != 0, place, uint32_t(hash[3 * t]), uint32_t(hash[3 * t + 1]), halves);
     } else if (eta_col == 0) {
 #pragma omp simd
       for (int64_t j = 0; j < cols; j++) store(w[j], load(w[j]) * keep - load(g[j]) * one);
@@ -334,6 +482,44 @@ void apply_typed(int64_t num, T* const* W, const S* const* G, int64_t rows, int6
       for (int64_t j = 0; j < cols; j++) store(w[j], load(w[j]) * keep - load(g[j]) * eta[j]);
     }
   }
+}
+
+// A bundle of num matrices, as insitu.optim.step.carried lays it out.
+struct Bundle {
+  int64_t num, chunk;  // chunk: so many of them at a time, for which there is room
+  int64_t rows, cols, tall, w_bfloat, g_bfloat;
+  int64_t rank, repeats;  // repeats: of a sketch; 0 for one row; -1 where R and |G_j|^2 are there already
+  int64_t per_tensor, exact, rounded, done;  // done: updates so far
+  void* const* W;
+  float* const* M;
+  float* const* V;
+  float* const* last_norm;
+  const uint64_t* seeds;  // of the random bits
+  const void* const* P;   // rows, or orders
+  const float* const* signs;
+  const void* const* G;
+  double* squares;            // |G|^2 of each of num
+  float *R, *R_sq, *G_sq, *s;  // of chunk
+  float adam[7], numbers[3], decay;
+};
+
+// As insitu.optim.seeds has it.
+uint64_t mix(std::initializer_list<uint64_t> values) {
+  uint64_t state = 0;
+  for (uint64_t value : values) {
+    state += value + 0x9E3779B97F4A7C15u;
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EBu;
+    state ^= state >> 31;
+  }
+  return state >> 1;
+}
+
+double total(const float* x, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; j++) sum += x[j];
+  return sum;
 }
 
 }  // namespace
@@ -499,5 +685,65 @@ void adamw(int64_t num, void* const* W, int64_t w_bfloat, const void* const* G, 
   auto run = [&](auto w, auto g) { adamw_typed(num, w, g, M, V, size, a, numbers[7], numbers[8], hash); };
   auto with = [&](auto w) { g_bfloat ? run(w, (const bf16* const*)G) : run(w, (const float* const*)G); };
   w_bfloat ? with((bf16* const*)W) : with((float* const*)W);
+}
+
+// Parts of a step of k matrices from the one at `at` on; what is on its way is in the part of the room that `slot` is.
+enum Parts : int64_t { MEASURE = 1, SQUARE = 2, SCALE = 4, APPLY = 8 };
+static void carry_some(const Bundle& b, int64_t at, int64_t k, int64_t slot, int64_t parts) {
+  int64_t n = b.tall ? b.rows : b.cols, channels = b.per_tensor ? 1 : n;
+  float *R = b.R + slot * n * b.rank, *R_sq = b.R_sq + slot * n, *G_sq = b.G_sq + slot * n, *s = b.s + slot * n;
+  const void* const* G = b.G + at;
+  double* squares = b.squares + at;
+  std::vector<float> live(k), decay(k, b.decay);
+  if (parts & MEASURE && b.repeats > 0) {
+    auto orders = (const int32_t* const*)b.P + at;
+    measure_sketch(k, G, b.g_bfloat, b.rows, b.cols, b.tall, orders, b.signs + at, b.rank, b.repeats, R, R_sq, G_sq);
+  } else if (parts & MEASURE && b.repeats == 0) {
+    measure_one(k, G, b.g_bfloat, b.rows, b.cols, b.tall, (const float* const*)b.P + at, R, G_sq);
+    for (int64_t j = 0; j < k * n; j++) R_sq[j] = R[j] * R[j];
+  }
+  for (int64_t t = 0; t < k; t++) {
+    if (parts & SQUARE) squares[t] = total(G_sq + t * n, n);
+    live[t] = squares[t] > 0 && squares[t] < INFINITY;
+  }
+  if (parts & SCALE) {
+    int64_t height = b.tall ? b.rows : b.rank, width = b.tall ? b.rank : b.cols;
+    std::vector<float> above(k * n), sums(b.per_tensor ? 3 * k : 0);
+    std::vector<double> norm_sq(k);
+    if (b.repeats < 0) norms(k, height, width, b.tall, R, R_sq);
+    direct(k, height, width, b.tall, R, b.M + at, b.V + at, live.data(), b.adam, above.data());
+    const float *numerator = above.data(), *r = R_sq, *g = G_sq;
+    if (b.per_tensor) {  // as one channel
+      float *x = sums.data(), *y = x + k, *z = y + k;
+      for (int64_t t = 0; t < k; t++) {
+        x[t] = float(total(numerator + t * n, n)), y[t] = float(total(r + t * n, n)), z[t] = float(total(g + t * n, n));
+      }
+      numerator = x, r = y, g = z;
+    }
+    factors(k, channels, numerator, b.exact ? g : r, b.exact ? r : g, g, s, norm_sq.data());
+    limited(k, channels, 1, s, norm_sq.data(), b.last_norm + at, live.data(), b.numbers);
+  }
+  std::vector<int64_t> hash(parts & APPLY && b.rounded ? 3 * k : 0);
+  for (int64_t t = 0, end; parts & APPLY && t < k; t = end + 1) {  // runs of matrices that are not to stand still
+    for (end = t; end < k && live[end] > 0; end++) {
+      if (!b.rounded) continue;
+      uint64_t key = mix({mix({b.seeds[at + end], uint64_t(b.done)}), 0});
+      hash[3 * end] = int64_t(key >> 31), hash[3 * end + 1] = int64_t(2 * (key & 0x7FFFFFFF) + 1);
+    }
+    apply(end - t, b.W + at + t, b.w_bfloat, G + t, b.g_bfloat, b.rows, b.cols, s + t * channels, channels, b.tall && !b.per_tensor,
+          !b.tall && !b.per_tensor, b.decay == 0 ? nullptr : decay.data() + t, b.rounded ? hash.data() + 3 * t : nullptr);
+  }
+}
+
+// As many matrices at a time as there is room for. Of many, each thread takes whole ones: it never waits for the others.
+void carry(const Bundle* bundle, int64_t parts) {
+  const Bundle& b = *bundle;
+  int64_t threads = omp_get_max_threads();
+  if (b.chunk < b.num && b.chunk >= threads && b.num >= 4 * threads) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t t = 0; t < b.num; t++) carry_some(b, t, 1, omp_get_thread_num(), parts);
+    return;
+  }
+  for (int64_t at = 0; at < b.num; at += b.chunk) carry_some(b, at, std::min(b.chunk, b.num - at), 0, parts);
 }
 }

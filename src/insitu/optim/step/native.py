@@ -56,11 +56,13 @@ def build() -> ctypes.CDLL | str:
 class Native(Blocked):
     """The backend; makes the kernels if they are not there yet."""
 
+    at_once = False  # whether a matrix may be written before the gradients of the others are known to be finite
+
     def __init__(self, device: torch.device, scratch: Scratch) -> None:
         super().__init__(device, scratch)
         library = build()
         assert isinstance(library, ctypes.CDLL), library  # ``choose`` has looked
-        self._library = library
+        self.library = library
         # |R_j|^2 of an R that is on its way to ``norms``, by its id.
         self._norms: dict[int, tuple[ref[Tensor], Tensor]] = {}
 
@@ -83,10 +85,10 @@ class Native(Blocked):
             orders = [sketch.order for sketch in sketches for _ in range(b)]
             signs = [sketch.signs for sketch in sketches for _ in range(b)]
             repeats = len(first.order) // rank
-            self._call("measure_sketch", *shape, _pointers(orders), _pointers(signs), rank, repeats, R, R_sq, G_sq)
+            self._call("measure_sketch", *shape, pointers(orders), pointers(signs), rank, repeats, R, R_sq, G_sq)
         else:
             vectors = [P.contiguous() for P in projections if isinstance(P, Tensor) for _ in range(b)]
-            self._call("measure_one", *shape, _pointers(vectors), R, G_sq)
+            self._call("measure_one", *shape, pointers(vectors), R, G_sq)
             torch.mul(R.view_as(R_sq), R.view_as(R_sq), out=R_sq)
         return G_sq
 
@@ -97,7 +99,7 @@ class Native(Blocked):
             return super().square(G)
         G = [g.contiguous() for g in G]
         out = torch.empty(len(G), -(-size // _PIECE), dtype=torch.float64, device=self._device)
-        self._call("square", len(G), _pointers(G), int(dtype == torch.bfloat16), size, _PIECE, out)
+        self._call("square", len(G), pointers(G), int(dtype == torch.bfloat16), size, _PIECE, out)
         return out.sum(1)
 
     def norms(self, R: Tensor, side: int) -> Tensor:
@@ -128,7 +130,7 @@ class Native(Blocked):
             return super().direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
         R, out = R.contiguous(), torch.empty(len(R), R.shape[-3 - side], device=self._device)
         each_live = live.repeat_interleave(len(M[0]))
-        numbers = (ctypes.c_float * 7)(*_adam(step, betas, eps))
+        numbers = (ctypes.c_float * 7)(*adam_numbers(step, betas, eps))
         self._call("direct", *R.shape, int(side == -1), R, _matrices(M), _matrices(V), each_live, numbers, out)
         return out
 
@@ -154,7 +156,7 @@ class Native(Blocked):
         """As the reference, in one call."""
         s, norm_sq, live = s.contiguous(), norm_sq.contiguous(), live.contiguous()
         numbers = (ctypes.c_float * 3)(alpha, gamma, float(eta) * alpha)
-        self._call("limited", *s.shape, len(s) // len(last_norm), s, norm_sq, _pointers(last_norm), live, numbers)
+        self._call("limited", *s.shape, len(s) // len(last_norm), s, norm_sq, pointers(last_norm), live, numbers)
         return s
 
     def apply(
@@ -193,7 +195,7 @@ class Native(Blocked):
         types = [int(x[0].dtype == torch.bfloat16) for x in (written, read)]
         tables = _matrices(written), types[0], _matrices(read), types[1]
         self._call("apply", len(eta_s), *tables, rows, cols, eta_s, *eta_strides, decay, _hashes(pieces))
-        _tell_autograd(written)
+        tell_autograd(written)
 
     def adamw(
         self,
@@ -222,17 +224,17 @@ class Native(Blocked):
             return
         lr = float(numbers["lr"])
         values = (ctypes.c_float * 9)(
-            *_adam(numbers["step"], numbers["betas"], numbers["eps"]),
+            *adam_numbers(numbers["step"], numbers["betas"], numbers["eps"]),
             1 - lr * numbers["weight_decay"],
             -lr if numbers["maximize"] else lr,
         )
         written, read = [W[t] for t in mine], [G[t].contiguous() for t in mine]
         types = [int(x[0].dtype == torch.bfloat16) for x in (written, read)]
-        tables = _pointers(written), types[0], _pointers(read), types[1]
-        states = [_pointers(x[t] for t in mine) for x in (M, V)]
+        tables = pointers(written), types[0], pointers(read), types[1]
+        states = [pointers(x[t] for t in mine) for x in (M, V)]
         hashes = _hashes([precisions[t] for t in mine])
         self._call("adamw", len(mine), *tables, *states, W[0].numel(), values, hashes)
-        _tell_autograd(written)
+        tell_autograd(written)
 
     def _call(self, name: str, *values: Tensor | int | ctypes.Array[ctypes.c_void_p] | object) -> None:
         arguments: list[object] = []
@@ -242,10 +244,17 @@ class Native(Blocked):
                 arguments.append(ctypes.c_void_p(value.data_ptr()))
             else:
                 arguments.append(ctypes.c_int64(value) if isinstance(value, int) else value)
-        getattr(self._library, name)(*arguments)
+        getattr(self.library, name)(*arguments)
 
 
-def _pointers(tensors: Iterable[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+class Fused(Native):
+    """As native, but a matrix is written while its gradient is still in the cache, wherever that is possible."""
+
+    at_once = True
+
+
+def pointers(tensors: Iterable[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Their addresses, as a table; whoever uses it holds them."""
     addresses = [tensor.data_ptr() for tensor in tensors]
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
@@ -253,7 +262,7 @@ def _pointers(tensors: Iterable[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 def _matrices(stacks: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """Pointers to each matrix of contiguous stacks."""
     if len(stacks[0]) == 1:
-        return _pointers(stacks)
+        return pointers(stacks)
     addresses: list[int] = []
     size = stacks[0].shape[1:].numel() * stacks[0].element_size()
     for stack in stacks:
@@ -262,7 +271,8 @@ def _matrices(stacks: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-def _adam(step: int, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
+def adam_numbers(step: int, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
+    """What the kernels need of them, as ``Adam`` in native.cpp has it."""
     beta1, beta2 = betas
     return beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**step, 1 / (1 - beta2**step), eps
 
@@ -298,6 +308,6 @@ def _by_kernel(W: Tensor, G: Tensor, precision: Precision) -> bool:
     return isinstance(precision.start, int) and W.numel() < 2**31 and in_one_period(precision.start, W.numel())
 
 
-def _tell_autograd(written: Sequence[Tensor]) -> None:
+def tell_autograd(written: Sequence[Tensor]) -> None:
     """A weight that a backward pass still needs must be known to have changed."""
     torch.autograd.graph.increment_version(written)
