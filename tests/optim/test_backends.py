@@ -5,6 +5,7 @@ Triton runs in its interpreter, which must be asked for before triton is importe
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -375,15 +376,16 @@ def test_auto_never_compiles_on_a_cpu_and_says_once_what_it_is(
 def test_installed_kernels_are_used_only_where_they_are_of_this_source_and_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    source = tmp_path / "native.cpp"
-    source.write_bytes(kernels.SOURCE.read_bytes())
-    monkeypatch.setattr(kernels, "SOURCE", source)
+    folder = tmp_path / "cpp"
+    shutil.copytree(kernels.SOURCE, folder)
+    source = folder / "sketch.cpp"
+    monkeypatch.setattr(kernels, "SOURCE", folder)
     monkeypatch.setattr(kernels, "INSTALLED", tmp_path / "libnative.so")
     monkeypatch.setattr(kernels, "RECORD", tmp_path / "libnative.json")
     assert kernels.installed() is None
     assert kernels.install() is None
     assert kernels.installed() == tmp_path / "libnative.so"
-    assert {path.name for path in tmp_path.iterdir()} == {"native.cpp", "libnative.so", "libnative.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cpp", "libnative.so", "libnative.json"}
 
     have = kernels.instructions()
     assert have, "no instruction set was found"
@@ -395,8 +397,12 @@ def test_installed_kernels_are_used_only_where_they_are_of_this_source_and_this_
     assert kernels.installed() is None
     kernels.INSTALLED.write_bytes(whole)
     assert kernels.installed() is not None
-    source.write_bytes(source.read_bytes() + b"// changed")
-    assert kernels.installed() is None
+    for changed in (source, folder / "numbers.h"):
+        before = changed.read_bytes()
+        changed.write_bytes(before + b"// changed")
+        assert kernels.installed() is None
+        changed.write_bytes(before)
+    assert kernels.installed() is not None
     source.write_text("not C++")
     reason = kernels.install()
     assert reason is not None

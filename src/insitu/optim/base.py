@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from insitu.optim.bundles import Backends, Bound, Bundle, Step, bundled
-from insitu.optim.counting import StepCounts
+from insitu.optim.counting import HostCounts, StepCounts
 from insitu.optim.exchange import Links, run
 from insitu.optim.kept import Kept, keepable
 from insitu.optim.quantized import refuse_for_int8
@@ -189,7 +189,7 @@ class TensorWise(Optimizer):
             turns = [self._turn(place) for place in self.places() if place.parameter in chosen]
             steps = self._bundles(turns)
             if all(map(keepable, turns)):
-                self._kept = Kept(self.param_groups, [step.bundle for step in steps])
+                self._kept = Kept(self.param_groups, [step.bundle for step in steps], stepped)
         late: list[Task] | None = None
         if at_once and any(group["backend"] == "fused" for group in self.param_groups):
             late = []  # some weights are written before all gradients are seen
@@ -238,7 +238,8 @@ class TensorWise(Optimizer):
         for together in bundled(turns, self._together, self._waiting, room):
             tasks = [turn.task for turn in together]
             links = self._links(tasks[0]) if len(tasks) == 1 else Links()
-            bundle = Bundle(tasks, self._bind(tasks), links)
+            counts = HostCounts.of([task.state["step"] for task in tasks])
+            bundle = Bundle(tasks, self._bind(tasks), links, counts)
             steps.append(Step(bundle, [turn.gradient for turn in together], together[0].done))
         return steps
 
@@ -276,8 +277,8 @@ class TensorWise(Optimizer):
             for i, (step, write_tensors) in enumerate(zip(steps, writes, strict=True)):
                 together = step.bundle.tasks
                 write_tensors(of(backends, together[0]))
-                if all_step.get(i):
-                    torch._foreach_add_([task.state["step"] for task in together], 1)
+                if all_step.get(i) and step.bundle.counts is not None:
+                    step.bundle.counts.advance()
                     continue
                 finite = squares[i].isfinite()
                 stepped = finite & (squares[i] != 0)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from insitu.optim.counting import HostCounts
 from insitu.optim.exchange import Links, Plan
 from insitu.optim.quantized import backend_for
 from insitu.optim.step import Backend, choose
@@ -28,6 +29,7 @@ class Bundle(NamedTuple):
     tasks: list[Task]
     plan: Bound
     links: Links
+    counts: HostCounts | None  # their updates, where the host has them
 
 
 class Step(NamedTuple):

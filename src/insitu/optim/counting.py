@@ -7,12 +7,37 @@ step, asynchronously, and read at the start of the next one, when the copy has l
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from insitu.optim.tensors import readable
+
+
+class HostCounts:
+    """Counts in the memory of the host, 0-dim int64 each: torch takes 2 microseconds to add 1 to one."""
+
+    def __init__(self, counts: Sequence[Tensor]) -> None:
+        self._held = list(counts)  # as long as the numbers are used
+        self._numbers = [ctypes.c_int64.from_address(count.data_ptr()) for count in counts]
+
+    @staticmethod
+    def of(counts: Sequence[Tensor]) -> HostCounts | None:
+        """None where one of them is not there."""
+        return HostCounts(counts) if all(x.dtype == torch.int64 and readable(x) for x in counts) else None
+
+    def advance(self) -> None:
+        """Add 1 to each."""
+        for number in self._numbers:
+            number.value += 1
+
+    def common(self) -> int | None:
+        """What all of them are, or None if they differ."""
+        found = {number.value for number in self._numbers}
+        return found.pop() if len(found) == 1 else None
 
 
 class _Copy(NamedTuple):

@@ -12,8 +12,10 @@ from insitu.optim.bundles import Bound, Write
 from insitu.optim.exchange import Plan, Sum
 from insitu.optim.sharding import local_of
 from insitu.optim.step import Backend
+from insitu.optim.step.carried_elements import CarriedElements
+from insitu.optim.step.native import PIECE
 from insitu.optim.step.reference import is_live
-from insitu.optim.task import Task, weights_of
+from insitu.optim.task import Task, stored_as_kernels_take_it, weights_of
 
 
 def arithmetic(group: dict[str, Any], done: int) -> dict[str, Any]:
@@ -31,9 +33,11 @@ def _live(G: list[Tensor], backend: Backend) -> Plan[Tensor]:
 def adamw(tasks: Sequence[Task]) -> Bound:
     """What is not projected: AdamW, element by element."""
     M, V = ([local_of(task.state[name]).view(-1) for task in tasks] for name in ("exp_avg", "exp_avg_sq"))
-    weights = weights_of(tasks, (-1,))
+    weights, carried = weights_of(tasks, (-1,)), _carried(tasks, M, V)
 
     def plan(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
+        if carried is not None and carried.takes(backend, gradients):
+            return carried.plan(gradients, backend, **arithmetic(tasks[0].group, done))
         G = [gradient.reshape(-1) for gradient in gradients]
         how = [(task.moment_precision("exp_avg", done), task.moment_precision("exp_avg_sq", done)) for task in tasks]
         precisions = [task.precision(done) for task in tasks]
@@ -50,6 +54,15 @@ def adamw(tasks: Sequence[Task]) -> Bound:
         return steps()
 
     return plan
+
+
+def _carried(tasks: Sequence[Task], M: Sequence[Tensor], V: Sequence[Tensor]) -> CarriedElements | None:
+    """Where all is small and as the kernels take it: whole tensors on a CPU, stored as they are."""
+    weights = [task.part.tensor for task in tasks]
+    if not stored_as_kernels_take_it(tasks, (M, V)) or weights[0].numel() > PIECE:
+        return None
+    rounded = tasks[0].precision(0).key is not None
+    return CarriedElements([w.view(-1) for w in weights], M, V, [task.state["seed"] for task in tasks], rounded=rounded)
 
 
 def sgd(tasks: Sequence[Task]) -> Bound:

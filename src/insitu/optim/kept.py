@@ -8,6 +8,7 @@ whoever moves a model away in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -21,48 +22,49 @@ _FREE = ("params", "param_names", "lr")  # what may change between steps without
 
 
 class Kept:
-    """The bundles of a step, and what they hold for."""
+    """The bundles of a step of ``stepped``, all parameters that have a gradient, and what they hold for."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]], bundles: Sequence[Bundle]) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], bundles: Sequence[Bundle], stepped: Sequence[Tensor]) -> None:
         self._groups, self._options = list(groups), [_options(group) for group in groups]
-        self._bundles = bundles
+        self._bundles, self._stepped = bundles, list(stepped)
         self._tasks = [task for bundle in bundles for task in bundle.tasks]
-        self._values = [value for task in self._tasks for value in task.state.values()]
+        self._params = [task.parameter for task in self._tasks]
+        self._states = [task.state for task in self._tasks]
+        self._values = self._state_values()
         self._held = [x for x in self._values if isinstance(x, Tensor)]
-        self._facts = self._look()
+        self._facts = self._look([p.grad for p in self._params if p.grad is not None])
 
     def again(
         self, groups: Sequence[dict[str, Any]], stepped: Sequence[Tensor], state: dict[Tensor, Any]
     ) -> list[Step] | None:
-        """The bundles with their new gradients; None if anything is not what it was.
-
-        Args:
-            stepped: all parameters that have a gradient.
-        """
+        """The bundles with their new gradients; None if anything is not what it was."""
+        if not (_are(self._groups, groups) and _are(self._stepped, stepped)):
+            return None
+        gradients = [p.grad for p in self._params if p.grad is not None]
         same = (
-            len(stepped) == len(self._tasks)
-            and set(map(id, stepped)) == {id(task.parameter) for task in self._tasks}
-            and _are(self._groups, groups)
-            and [_options(group) for group in groups] == self._options
-            and all(state.get(task.parameter) is task.state for task in self._tasks)
-            and _are(self._values, [value for task in self._tasks for value in task.state.values()])
-            and self._look() == self._facts
+            [_options(group) for group in groups] == self._options
+            and _are(self._states, list(map(state.get, self._params)))
+            and _are(self._values, self._state_values())
+            and self._look(gradients) == self._facts
         )
         if not same:
             return None
-        steps = []
+        steps, first = [], 0
         for bundle in self._bundles:
-            done = {int(task.state["step"]) for task in bundle.tasks}
-            if len(done) > 1:
+            last = first + len(bundle.tasks)
+            done = None if bundle.counts is None else bundle.counts.common()
+            if done is None:
                 return None
-            gradients = [task.parameter.grad for task in bundle.tasks]
-            steps.append(Step(bundle, [g for g in gradients if g is not None], done.pop()))
+            steps.append(Step(bundle, gradients[first:last], done))
+            first = last
         return steps
 
-    def _look(self) -> list[list[Any]]:
+    def _state_values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._states)))
+
+    def _look(self, gradients: Sequence[Tensor]) -> list[list[Any]]:
         """What bundles depend on besides the options, and which objects the state has."""
-        params = [task.parameter for task in self._tasks]
-        gradients = [p.grad for p in params if p.grad is not None]
+        params = self._params
         return [
             [p.data_ptr() for p in params],
             [p.shape for p in params],

@@ -17,9 +17,7 @@ from insitu.optim.step import Backend
 from insitu.optim.step.carried import Carried
 from insitu.optim.step.reference import auto_alpha, plan
 from insitu.optim.step.scratch import Scratch
-from insitu.optim.task import Task, moments_of, weights_of
-
-_CARRIED = (torch.float32, torch.bfloat16)
+from insitu.optim.task import Task, moments_of, stored_as_kernels_take_it, weights_of
 
 
 def projected(tasks: Sequence[Task], size: Layout, known: ProjectionCache, scratch: Scratch) -> Bound:
@@ -82,22 +80,11 @@ def projected(tasks: Sequence[Task], size: Layout, known: ProjectionCache, scrat
 
 
 def _carried(tasks: Sequence[Task], size: Layout, parts: Split) -> Carried | None:
-    """Where all is as the kernels take it: whole matrices on a CPU, stored as they are."""
+    """Where all is as the kernels take it: whole matrices on a CPU, stored as they are, of a projection that is not state."""
     weights = [task.part.tensor for task in tasks]
     M, V, norms = ([local_of(task.state[name]) for task in tasks] for name in ("exp_avg", "exp_avg_sq", "update_norm"))
-    how = tasks[0].precision(0)
-    if (
-        weights[0].device.type != "cpu"
-        or tasks[0].part.mesh is not None
-        or tasks[0].group["projection"] == "svd"
-        or parts.local[0] != 1
-        or how.residual is not None
-        or how.groups is not None
-        or not 0 < weights[0].numel() < 2**31
-        or not all(w.dtype in _CARRIED for w in weights)
-        or not all(x.dtype == torch.float32 for each in (M, V, norms) for x in each)
-        or not all(x.is_contiguous() for each in (weights, M, V) for x in each)
-    ):
+    others = parts.local[0] != 1 or tasks[0].group["projection"] == "svd" or weights[0].numel() >= 2**31
+    if others or not stored_as_kernels_take_it(tasks, (M, V, norms)):
         return None
     return Carried(
         [w.view(parts.local[1:]) for w in weights],
@@ -105,7 +92,7 @@ def _carried(tasks: Sequence[Task], size: Layout, parts: Split) -> Carried | Non
         V,
         norms,
         [task.state["seed"] for task in tasks],
-        rounded=how.key is not None,
+        rounded=tasks[0].precision(0).key is not None,
         rank=size.rank,
         channel_dim=size.channel_dim,
     )

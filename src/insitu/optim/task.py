@@ -106,6 +106,20 @@ def moments_of(tasks: Sequence[Task], num: int) -> Access[tuple[list[Tensor], li
     return access
 
 
+def stored_as_kernels_take_it(tasks: Sequence[Task], states: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether these are whole tensors on a CPU, float32 or bf16, contiguous, with nothing beside them, and float32 states."""
+    weights, how = [task.part.tensor for task in tasks], tasks[0].precision(0)
+    return (
+        all(w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights)
+        and tasks[0].part.mesh is None
+        and how.residual is None
+        and how.groups is None
+        and weights[0].numel() > 0
+        and all(x.dtype == torch.float32 and x.is_contiguous() for each in states for x in each)
+        and all(w.is_contiguous() for w in weights)
+    )
+
+
 def refuse_nonfinite(task: Task) -> None:
     """ValueError for its gradient, unless such gradients are to be skipped."""
     if task.group["nonfinite"] == "error":

@@ -17,7 +17,7 @@ from torch import Tensor
 from insitu.optim.projection import Projection, Sketch, placed
 from insitu.optim.rounding import Precision, make_scratch
 from insitu.optim.rounding import Scratch as Rounding
-from insitu.optim.step import fused, reference
+from insitu.optim.step import reference, torch_fused
 from insitu.optim.step.scratch import Scratch
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
@@ -162,7 +162,7 @@ class Blocked:
     ) -> Tensor:
         """-R~ in scratch memory; M and V in place."""
         direction = self._buffer("direction", R.numel()).view(R.shape).zero_()
-        fused.adam(direction.unbind(), R.unbind(), M, V, step=step, betas=betas, eps=eps)
+        torch_fused.adam(direction.unbind(), R.unbind(), M, V, step=step, betas=betas, eps=eps)
         return direction
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
@@ -224,9 +224,9 @@ class Blocked:
     ) -> None:
         """As the reference, by torch's fused AdamW: whole tensors where all is float32, else a block of elements at a time."""
         some = [i for i, alive in enumerate(live.tolist()) if alive]
-        plain = [i for i in some if fused.possible(W[i], G[i], M[i], V[i])]
+        plain = [i for i in some if torch_fused.possible(W[i], G[i], M[i], V[i])]
         if plain:
-            fused.adamw(*([x[i] for i in plain] for x in (W, G, M, V)), **numbers)
+            torch_fused.adamw(*([x[i] for i in plain] for x in (W, G, M, V)), **numbers)
         for i in set(some) - set(plain):
             self._adamw(W[i], G[i], M[i], V[i], live[i], precisions[i], moments[i], **numbers)
 
@@ -248,8 +248,8 @@ class Blocked:
             precise = precision.of(first, count)
             m32, v32 = m.float(), v.float()
             work, g = precise.read(self._work_copy(here)), self._float32(G.narrow(0, first, count))
-            if fused.possible(work, g, m32, v32):
-                fused.adamw([work], [g], [m32], [v32], **numbers)
+            if torch_fused.possible(work, g, m32, v32):
+                torch_fused.adamw([work], [g], [m32], [v32], **numbers)
             else:
                 work = reference.adamw_descend(work, g, m32, v32, live, **numbers)
             precise.write(here, work, self._rounding(precise))

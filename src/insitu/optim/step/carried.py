@@ -1,8 +1,8 @@
 """A bundle of matrices as the C++ kernels take it: tables that are made once, so that a step of it is a few calls, or one.
 
 What :func:`insitu.optim.step.reference.plan` does pass by pass, with Python between, is one function here (``carry`` in
-native.cpp), which calls the same kernels. It takes what most steps are made of: whole matrices, float32 or bf16, with float32
-moments. Everything else goes the general way, to the same numbers.
+cpp/carry.cpp), which calls the same kernels. It takes what most steps are made of: whole matrices, float32 or bf16, with
+float32 moments. Everything else goes the general way, to the same numbers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from torch import Tensor
 from insitu.optim.exchange import Plan, Sum
 from insitu.optim.projection import Projection, Sketch
 from insitu.optim.step import Backend
-from insitu.optim.step.native import Native, adam_numbers, pointers, tell_autograd
+from insitu.optim.step.native import TYPES, Native, adam_numbers, pointers, tell_autograd
 from insitu.optim.step.scratch import Scratch
 
 Write = Callable[[Backend], None]
-_TYPES = (torch.float32, torch.bfloat16)
 _CHUNK = 8 << 20  # bytes of gradients that are still in the cache when they are read again: of 1 to 8 MiB the fastest
 _MEASURE, _SQUARE, _SCALE, _APPLY = 1, 2, 4, 8  # parts of ``carry``
 _DENSE = -1  # "repeats" of a projection that is a library's product
 
 
 class _Bundle(ctypes.Structure):
-    """As native.cpp has it."""
+    """As cpp/carry.cpp has it."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num", "chunk", "rows", "cols", "tall", "w_bfloat", "g_bfloat")),
@@ -78,7 +77,7 @@ class Carried:
     def takes(self, backend: Backend, G: Sequence[Tensor]) -> bool:
         """Whether it does steps of these gradients by this backend."""
         dtype = G[0].dtype
-        alike = dtype in _TYPES and all(g.dtype == dtype and g.is_contiguous() for g in G)
+        alike = dtype in TYPES and all(g.dtype == dtype and g.is_contiguous() for g in G)
         return alike and isinstance(backend, Native)
 
     def plan(

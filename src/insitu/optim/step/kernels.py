@@ -12,14 +12,15 @@ import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("cpp")
 # Beside the source: the library that was made at installation, and what it was made of and for.
 INSTALLED, RECORD = SOURCE.with_name("libnative.so"), SOURCE.with_name("libnative.json")
 _FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-ffp-contract=off"),
-    *("-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
+    *("-fno-strict-aliasing", "-fopenmp", "-fPIC", "-std=c++17"),
 )
 # What a compiler may use of the machine; what else /proc/cpuinfo lists changes with the kernel and the hypervisor.
 _INSTRUCTIONS = re.compile(
@@ -33,11 +34,18 @@ def compile_to(out: Path) -> str | None:
     compiler = next((path for name in names if (path := shutil.which(name))), None)
     if compiler is None:
         return f"no C++ compiler ({', '.join(names)})"
-    ran = subprocess.run([compiler, *_FLAGS, "-o", str(out), str(SOURCE)], capture_output=True, text=True, check=False)
-    if ran.returncode:
-        said = (ran.stderr.strip() or "no message").splitlines()[0]
-        return f"a C++ compiler that cannot make the kernels ({compiler} {' '.join(_FLAGS)}: {said})"
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor() as pool:
+        objects = {str(source): str(Path(directory) / source.stem) for source in sorted(SOURCE.glob("*.cpp"))}
+        commands = [[compiler, *_FLAGS, "-c", source, "-o", made] for source, made in objects.items()]
+        for ran in (*pool.map(_run, commands), _run([compiler, *_FLAGS, "-shared", *objects.values(), "-o", str(out)])):
+            if ran.returncode:
+                said = (ran.stderr.strip() or "no message").splitlines()[0]
+                return f"a C++ compiler that cannot make the kernels ({compiler} {' '.join(_FLAGS)}: {said})"
     return None
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def install() -> str | None:
@@ -75,4 +83,8 @@ def instructions() -> set[str]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """sha256 of a file, or of the files of a folder with their names."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = "".join(f"{_digest(file)} {file.name}\n" for file in sorted(path.iterdir()))
+    return hashlib.sha256(found.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The passes for CPUs in C++ (native.cpp), compiled when the package was installed, else at the first step, in two seconds.
+"""The passes for CPUs in C++ (the folder cpp), compiled when the package was installed, else at the first step, in some seconds.
 
 All tensors of one shape are one call, each matrix is read once, and rounding is part of the pass that writes: what torch's
 calls one by one cannot do. ``auto`` takes it where it was compiled at installation, and compiles nothing itself. What it cannot
@@ -27,8 +27,8 @@ from insitu.optim.step.blocked import Blocked
 from insitu.optim.step.scratch import Scratch
 
 _log = logging.getLogger(__name__)
-_PIECE = 1 << 14  # elements that are added up in float32
-_TYPES = (torch.float32, torch.bfloat16)
+PIECE = 1 << 14  # elements that are added up in float32
+TYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
@@ -72,7 +72,7 @@ class Native(Blocked):
         rank = first.rank if isinstance(first, Sketch) else first.shape[-2]
         dense = isinstance(first, Tensor) and (first.ndim == 3 or rank > 1)
         part = isinstance(first, Sketch) and not first.whole  # of the coordinates: its blocks have gaps
-        if dense or part or G[0].numel() == 0 or not all(g.dtype == dtype in _TYPES for g in G):
+        if dense or part or G[0].numel() == 0 or not all(g.dtype == dtype in TYPES for g in G):
             return super().measure(G, projections, channel_dim, R)
         G = [g.contiguous() for g in G]
         tall = channel_dim == -2
@@ -95,11 +95,11 @@ class Native(Blocked):
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, in one pass."""
         dtype, size = G[0].dtype, G[0].numel()
-        if size == 0 or not all(g.dtype == dtype in _TYPES and g.numel() == size for g in G):
+        if size == 0 or not all(g.dtype == dtype in TYPES and g.numel() == size for g in G):
             return super().square(G)
         G = [g.contiguous() for g in G]
-        out = torch.empty(len(G), -(-size // _PIECE), dtype=torch.float64, device=self._device)
-        self._call("square", len(G), pointers(G), int(dtype == torch.bfloat16), size, _PIECE, out)
+        out = torch.empty(len(G), -(-size // PIECE), dtype=torch.float64, device=self._device)
+        self._call("square", len(G), pointers(G), int(dtype == torch.bfloat16), size, PIECE, out)
         return out.sum(1)
 
     def norms(self, R: Tensor, side: int) -> Tensor:
@@ -222,12 +222,7 @@ class Native(Blocked):
                 super().adamw([W[t]], *others, [precisions[t]], how, **numbers)
         if not mine:
             return
-        lr = float(numbers["lr"])
-        values = (ctypes.c_float * 9)(
-            *adam_numbers(numbers["step"], numbers["betas"], numbers["eps"]),
-            1 - lr * numbers["weight_decay"],
-            -lr if numbers["maximize"] else lr,
-        )
+        values = (ctypes.c_float * 9)(*adamw_numbers(**numbers))
         written, read = [W[t] for t in mine], [G[t].contiguous() for t in mine]
         types = [int(x[0].dtype == torch.bfloat16) for x in (written, read)]
         tables = pointers(written), types[0], pointers(read), types[1]
@@ -272,9 +267,23 @@ def _matrices(stacks: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def adam_numbers(step: int, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
-    """What the kernels need of them, as ``Adam`` in native.cpp has it."""
+    """What the kernels need of them, as ``Adam`` in cpp/adam.h has it."""
     beta1, beta2 = betas
     return beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**step, 1 / (1 - beta2**step), eps
+
+
+def adamw_numbers(
+    *,
+    step: int,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> tuple[float, ...]:
+    """As ``adamw`` in cpp/kernels.h has them."""
+    rate = float(lr)
+    return *adam_numbers(step, betas, eps), 1 - rate * weight_decay, -rate if maximize else rate
 
 
 def _hashes(precisions: Sequence[Precision]) -> ctypes.Array[ctypes.c_int64] | None:
@@ -296,7 +305,7 @@ def _alike(W: Sequence[Tensor], G: Sequence[Tensor], t: int) -> bool:
 
 def _in_float32(W: Tensor, G: Tensor, precision: Precision) -> bool:
     """Whether the kernels can compute it. A shard whose elements are no neighbours then has the bits of its whole tensor."""
-    return W.dtype in _TYPES and G.dtype in _TYPES and precision.residual is None
+    return W.dtype in TYPES and G.dtype in TYPES and precision.residual is None
 
 
 def _by_kernel(W: Tensor, G: Tensor, precision: Precision) -> bool:

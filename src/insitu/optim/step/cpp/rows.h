@@ -1,0 +1,40 @@
+// How the rows and columns of matrices are shared out among threads.
+#pragma once
+#include "numbers.h"
+
+namespace {
+
+// STREAMS rows at a time, each in pages of its own: a core fetches ahead in several pages at once, and never across their ends.
+// A row has the same bits whatever its neighbours are.
+constexpr int64_t STREAMS = 4, APART = 48;  // rows from one stream to the next: 16 are 10 % slower in bf16
+template <class T, class Row>
+inline void for_rows(int64_t num, int64_t rows, int64_t cols, const T* const* G, Row row) {
+  constexpr int64_t BLOCK = STREAMS * APART;
+  int64_t all = num * rows, blocks = (all + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    for (int64_t i = 0; i < APART; i++) {
+      int64_t at[STREAMS];
+      const T* g[STREAMS];
+      for (int64_t k = 0; k < STREAMS; k++) {
+        at[k] = std::min(block * BLOCK + k * APART + i, all - 1);  // past the end: the last one once more
+        g[k] = G[at[k] / rows] + (at[k] % rows) * cols;
+      }
+      row(at, g);
+    }
+  }
+}
+
+// The columns of a wide matrix, in pieces of about the same size that a thread takes at a time.
+struct Pieces {
+  int64_t cols, num, size;
+  Pieces(int64_t cols, int64_t most) : cols(cols), num((cols + most - 1) / most) {
+    size = ((cols + num - 1) / num + 15) / 16 * 16;
+    num = (cols + size - 1) / size;
+  }
+  int64_t first(int64_t at) const { return at % num * size; }
+  int64_t count(int64_t at) const { return std::min(size, cols - first(at)); }
+};
+constexpr int64_t WIDE = 1536;  // sums of them stay in the first cache
+
+}  // namespace
