@@ -264,3 +264,20 @@ def test_infinities_and_nans_stay_what_they_are() -> None:
     assert torch.equal(rounded.view(torch.int16)[x.isfinite()], x.bfloat16().view(torch.int16)[x.isfinite()])
     assert torch.equal(rounded[x.isinf()], x[x.isinf()].bfloat16())
     assert rounded[x.isnan()].isnan().all()
+
+
+def test_a_step_inside_a_cuda_graph_capture_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.randn(8, 6))
+    p.grad = torch.randn_like(p)
+    optimizer = APOLLO([p], rank=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = p.detach().clone()
+    for act in (optimizer.step, optimizer.prepare, optimizer.one_by_one):
+        with pytest.raises(RuntimeError, match=r"inside a CUDA graph capture.*call step\(\) between replays"):
+            act()
+    assert torch.equal(p, before)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    optimizer.step()
+    assert not torch.equal(p, before)

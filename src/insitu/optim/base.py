@@ -24,7 +24,14 @@ from insitu.optim.sharding import Part, distributed, local_gradient, local_of, p
 from insitu.optim.step import Backend
 from insitu.optim.step.scratch import Scratch
 from insitu.optim.task import Place, Task, Turn, refuse_nonfinite
-from insitu.optim.tensors import name_of, readable, refuse_changed, refuse_other_state, refuse_unsuitable
+from insitu.optim.tensors import (
+    name_of,
+    readable,
+    refuse_capture,
+    refuse_changed,
+    refuse_other_state,
+    refuse_unsuitable,
+)
 
 
 class TensorWise(Optimizer):
@@ -179,6 +186,7 @@ class TensorWise(Optimizer):
         return self._halves(at_once=False)
 
     def _halves(self, *, at_once: bool) -> Callable[[], None]:
+        refuse_capture()
         for group in self.param_groups:
             self._check(group)
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
@@ -211,6 +219,7 @@ class TensorWise(Optimizer):
         Returns what updates one tensor, with the bits that :meth:`step` would give it (no formula asks for another tensor),
         and returns |G|^2, 0-dim float64.
         """
+        refuse_capture()
         for group in self.param_groups:
             self._check(group)
         backends = Backends(self._scratch, at_once=True)

@@ -21,6 +21,16 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def refuse_capture() -> None:
+    """RuntimeError while a CUDA graph is captured: a replay would repeat the step's number, projection and random bits."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "an optimizer step inside a CUDA graph capture: expected it outside, since its number, its projection and the "
+            "random bits of its rounding come from the host, and a replay would repeat them; capture forward and backward, and "
+            "call step() between replays"
+        )
+
+
 def refuse_unsuitable(tensor: Tensor, name: str) -> None:
     """ValueError for what no optimizer here can take: sparse, complex, integer, or flattened by a wrapper."""
     if tensor.is_sparse or tensor.layout != torch.strided:

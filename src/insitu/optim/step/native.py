@@ -1,4 +1,4 @@
-"""The passes for CPUs in C++ (the folder cpp), compiled when the package was installed, else at the first step, in some seconds.
+"""The passes for CPUs in C++ (the folder cpp), compiled when the package was installed, else at the first step in seconds.
 
 All tensors of one shape are one call, each matrix is read once, and rounding is part of the pass that writes: what torch's
 calls one by one cannot do. ``auto`` takes it where it was compiled at installation, and compiles nothing itself. What it cannot
