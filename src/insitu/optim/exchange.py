@@ -1,7 +1,7 @@
 """What the parts of sharded tensors tell each other during a step: at most three batched collectives per mesh dimension.
 
 The step of a tensor is a generator. Where a formula needs the whole tensor it yields a request, and is sent the answer; in
-the order Scatter, Sum, Gather, each at most once. ``run`` carries the generators of all tensors forward together, so that
+the order Work, Scatter, Sum, Gather, each at most once. ``run`` carries the generators of all tensors forward together, so that
 each kind of request becomes one collective for all of them. For a tensor that is not sharded the answer is the question.
 
 Sums are float64, so that a sum over parts, rounded to float32, is in all but the rarest cases what one process gets.
@@ -36,6 +36,16 @@ class Links(NamedTuple):
         return (*self.along, *(self.across[:1] if self.scatter else ()))
 
 
+class Work(NamedTuple):
+    """Something to be done that takes long. The answer is None.
+
+    What a plan does before it comes before the work of any plan, and what it does after it comes after: Python that runs
+    between two passes over gradients finds nothing of itself in the cache.
+    """
+
+    do: Callable[[], None]
+
+
 class Scatter(NamedTuple):
     """Add up R and the squared norms |G_j|^2 (b, n) over the projected side. The answer: both, for this process's channels."""
 
@@ -62,7 +72,7 @@ class Gather(NamedTuple):
     channels: Tensor | None = None
 
 
-Request = Scatter | Sum | Gather
+Request = Work | Scatter | Sum | Gather
 Result = TypeVar("Result")
 Plan = Generator[Request, Any, Result]
 Summed = tuple[Tensor, Tensor, Tensor | None]
@@ -96,7 +106,7 @@ def run(
                 inspect(i, answer[0], answer[1])
         for i, answer in zip(asked, answers, strict=True):
             advance(i, answer)
-    assert not waiting, "a plan asked in another order than Scatter, Sum, Gather"
+    assert not waiting, "a plan asked in another order than Work, Scatter, Sum, Gather"
     return [results[i] for i in range(len(plans))]
 
 
@@ -234,7 +244,14 @@ def _gather(requests: list[Gather], links: list[Links]) -> list[tuple[Tensor, Te
     ]
 
 
+def _work(requests: list[Work], _: list[Links]) -> list[None]:
+    for request in requests:
+        request.do()
+    return [None] * len(requests)
+
+
 _EXCHANGES: tuple[tuple[type[Request], Callable[[list[Any], list[Links]], list[Any]]], ...] = (
+    (Work, _work),
     (Scatter, _scatter),
     (Sum, _sum),
     (Gather, _gather),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from insitu.optim.exchange import Plan, Sum
+from insitu.optim.exchange import Plan, Sum, Work
 from insitu.optim.projection import Projection, Sketch
 from insitu.optim.step import Backend
 from insitu.optim.step.native import TYPES, Native, adam_numbers, pointers, tell_autograd
@@ -150,7 +150,7 @@ class _Step(NamedTuple):
         room = scratch.buffer("chunk", n * (bundle.rank + 3), self.G[0].device)
         bundle.R = room[3 * n :].data_ptr()
         squares = self._rows(room[: 3 * n].view(3, n))
-        self._carry(_MEASURE | _SQUARE | _SCALE | _APPLY)
+        yield Work(lambda: self._carry(_MEASURE | _SQUARE | _SCALE | _APPLY))
         self._wrote(squares)
         yield Sum(squares[None])
         return lambda _: None
@@ -164,11 +164,15 @@ class _Step(NamedTuple):
         rows = torch.empty(3, bundle.num * (height if tall else width), device=device)
         squares = self._rows(rows)
         R = scratch.take(shape, device, wait=True)
-        if R is None:  # no room to wait in: only |G|^2 now
-            squares.copy_(self.backend.square([g.view(-1) for g in self.G]))
-        else:
-            self._measure(R, rows[1])
-            self._carry(_SQUARE)
+
+        def first() -> None:
+            if R is None:  # no room to wait in: only |G|^2 now
+                squares.copy_(self.backend.square([g.view(-1) for g in self.G]))
+            else:
+                self._measure(R, rows[1])
+                self._carry(_SQUARE)
+
+        yield Work(first)
         yield Sum(squares[None])
         if R is None:
             R = scratch.take(shape, device, wait=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from insitu.optim.exchange import Plan, Sum
+from insitu.optim.exchange import Plan, Sum, Work
 from insitu.optim.step import Backend
 from insitu.optim.step.native import TYPES, Native, adamw_numbers, pointers, tell_autograd
 
@@ -68,7 +68,7 @@ class CarriedElements:
         elements.g_bfloat, elements.done = int(G[0].dtype == torch.bfloat16), numbers["step"] - 1
         elements.numbers = adamw_numbers(**numbers)
         carry = backend.library.carry_adamw
-        carry(ctypes.byref(elements), ctypes.c_int64(_SQUARE))
+        yield Work(lambda: carry(ctypes.byref(elements), ctypes.c_int64(_SQUARE)))
         yield Sum(squares[None])
 
         def write(_: Backend) -> None:
