@@ -1,19 +1,20 @@
 """The passes for CUDA, by the kernels of :mod:`insitu.optim.step.triton_kernels`, with the rounding in the pass that writes.
 
-A stack of matrices is one launch; different tensors are a launch each. Nothing here waits for the device. A step as a whole is
-not to be captured as a CUDA graph: the update's number and the keys of the rounding are the host's, and a replay would repeat
-them.
+The tensors of a call are one launch, by a table of their addresses; of several types, or ways to store them, a launch for each.
+Nothing here waits for the device. A step is not to be captured as a CUDA graph, and refuses it: addresses, the update's number
+and the keys of the rounding are the host's, and a replay would repeat them.
 
 On a CPU it runs, slowly, in Triton's interpreter: that is how it is tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, ItemsView, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from insitu.optim.projection import Projection, Sketch
@@ -21,7 +22,10 @@ from insitu.optim.rounding import Precision, hash_numbers, in_one_period
 from insitu.optim.step import reference
 from insitu.optim.step import triton_kernels as kernels
 
+Key = TypeVar("Key", bound=Hashable)
 _CHANNELS, _SIDE, _RANK, _FLAT = 32, 64, 64, 1024  # sizes of a program's tile
+_STORED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_READ = {**_STORED, torch.float64: tl.float64}  # gradients
 
 
 class Triton:
@@ -41,36 +45,24 @@ class Triton:
         if G[0].numel() == 0:  # a part of a sharded tensor may be empty
             R.zero_()
             return G_sq
+        strides = (rows * cols, cols, 1) if channel_dim == -2 else (rows * cols, 1, cols)
         r_n, r_r = (rank, 1) if channel_dim == -2 else (1, cols)
-        for t, (g, projection) in enumerate(zip(G, projections, strict=True)):
-            g = g.contiguous()
-            strides = (rows * cols, cols, 1) if channel_dim == -2 else (rows * cols, 1, cols)
-            out = R[t * b : (t + 1) * b], G_sq[t * b : (t + 1) * b]
-            programs = triton.cdiv(n, _CHANNELS), b
-            if isinstance(projection, Sketch):
-                repeats = len(projection.order) // rank
-                kernels.measure_sketch[programs](
-                    g,
-                    projection.order,
-                    projection.signs,
-                    *out,
-                    n,
-                    rank,
-                    repeats,
-                    *strides,
-                    r_n,
-                    r_r,
-                    BN=_CHANNELS,
-                    BR=_RANK,
+        G, P = [g.contiguous() for g in G], list(map(_laid_out, projections))
+        kinds = [p.ndim if isinstance(p, Tensor) else (len(p.order) // rank,) for p in projections]
+        for (dtype, kind), mine in _alike(zip((g.dtype for g in G), kinds, strict=True)):
+            table, aligned = _table((t, (G[t], *P[t]), ()) for t in mine)
+            programs, types = len(mine) * b * triton.cdiv(n, _CHANNELS), {"TYPE": _READ[dtype], "ALIGNED": aligned}
+            if isinstance(kind, tuple):
+                kernels.measure_sketch[(programs,)](
+                    table, R, G_sq, b, n, rank, *kind, *strides, r_n, r_r, **types, BN=_CHANNELS, BR=_RANK
                 )
-            elif rank == 1 and projection.ndim == 2:
-                kernels.measure_one[programs](g, projection.contiguous(), *out, n, m, *strides, BN=_CHANNELS, BM=_SIDE)
+            elif rank == 1 and kind == 2:
+                kernels.measure_one[(programs,)](table, R, G_sq, b, n, m, *strides, **types, BN=_CHANNELS, BM=_SIDE)
             else:
-                P = projection.contiguous()
-                p_stack = rank * m if P.ndim == 3 else 0
-                kernels.measure_dense[(*programs, triton.cdiv(rank, _RANK))](
-                    g, P, *out, n, m, rank, *strides, p_stack, r_n, r_r, BN=_CHANNELS, BM=_SIDE, BR=_RANK
-                )
+                p_stack = rank * m if kind == 3 else 0
+                kernels.measure_dense[(programs, triton.cdiv(rank, _RANK))](
+                    table, R, G_sq, b, n, m, rank, *strides, p_stack, r_n, r_r, **types, BN=_CHANNELS, BM=_SIDE, BR=_RANK
+                )  # fmt: skip
         return G_sq
 
     def norms(self, R: Tensor, side: int) -> Tensor:
@@ -95,15 +87,20 @@ class Triton:
         n, rank = R.shape[-3 - side], R.shape[side]
         r_n, r_r = (rank, 1) if side == -1 else (1, n)
         out = torch.zeros(len(R), n, device=R.device)
-        for t, (m, v) in enumerate(zip(M, V, strict=True)):
-            if not (m.is_contiguous() and v.is_contiguous()):
-                these = R[t * b : (t + 1) * b], [m], [v], live[t : t + 1]
-                out[t * b : (t + 1) * b] = self._plain.direct(*these, side, step=step, betas=betas, eps=eps)
-            elif m.numel():
-                kernels.direct[(triton.cdiv(n, _CHANNELS), b)](
-                    R[t * b], m, v, live[t], out[t * b], n, rank, b, r_n, r_r, *_corrections(step, betas), eps,
-                    BN=_CHANNELS, BR=_RANK,
-                )  # fmt: skip
+        if R.numel() == 0:
+            return out
+        taken = [all(x.dtype == torch.float32 and x.is_contiguous() for x in each) for each in zip(M, V, strict=True)]
+        for take, mine in _alike(taken):
+            if not take:
+                for t in mine:
+                    these = R[t * b : (t + 1) * b], [M[t]], [V[t]], live[t : t + 1]
+                    out[t * b : (t + 1) * b] = self._plain.direct(*these, side, step=step, betas=betas, eps=eps)
+                continue
+            table, aligned = _table((t, (M[t], V[t]), ()) for t in mine)
+            kernels.direct[(len(mine) * b * triton.cdiv(n, _CHANNELS),)](
+                table, R, live.contiguous(), out, b, n, rank, r_n, r_r, *_corrections(step, betas), eps,
+                ALIGNED=aligned, BN=_CHANNELS, BR=_RANK,
+            )  # fmt: skip
         return out
 
     def square(self, G: Sequence[Tensor]) -> Tensor:
@@ -121,26 +118,26 @@ class Triton:
         precisions: Sequence[Precision],
     ) -> None:
         """As the reference, in one pass over W and G."""
-        num, (_, rows, cols) = len(W[0]), W[0].shape
-        eta_row, eta_col = int(eta_s.shape[1] > 1) * eta_s.shape[2], int(eta_s.shape[2] > 1)
-        eta_s = eta_s.contiguous()
-        for t, (w, g, precision) in enumerate(zip(W, G, precisions, strict=True)):
-            if w.numel() == 0:
+        b, rows, cols = W[0].shape
+        if W[0].numel() == 0:
+            return
+        per_row, per_col = (int(length > 1) for length in eta_s.shape[1:])
+        etas = eta_s[0].numel(), per_row * eta_s.shape[2], per_col
+        factors = eta_s.contiguous(), (live if decay is None else decay).contiguous(), live.contiguous()
+        G, stored = [g.contiguous() for g in G], list(map(_stored, W, precisions))
+        for kind, mine in _alike(_kind(g, w) for g, w in zip(G, stored, strict=True)):
+            if kind is None:
+                for t in mine:
+                    these = slice(t * b, (t + 1) * b)
+                    its_decay = None if decay is None else decay[these]
+                    self._plain.apply([W[t]], [G[t]], eta_s[these], its_decay, live[t : t + 1], [precisions[t]])
                 continue
-            if not _possible(w, precision):
-                these = slice(t * num, (t + 1) * num)
-                its_decay = None if decay is None else decay[these]
-                self._plain.apply([w], [g], eta_s[these], its_decay, live[t : t + 1], [precision])
-                continue
-            g = g.contiguous()
-            for b in range(num):
-                precise = precision.of(b * rows * cols, rows * cols)
-                how, residual, numbers = _how(precise, w)
-                i = t * num + b
-                kernels.apply[(triton.cdiv(rows * cols, _FLAT),)](
-                    w[b], g[b], eta_s[i], live if decay is None else decay[i], live[t], residual, rows * cols, cols,
-                    eta_row, eta_col, *numbers, DECAY=decay is not None, HOW=how, BLOCK=_FLAT,
-                )  # fmt: skip
+            type_g, (how, type_w, type_residual) = kind
+            table, aligned = _table((t, (W[t], G[t], stored[t].residual), stored[t].numbers) for t in mine)
+            kernels.apply[(len(mine) * b * triton.cdiv(rows * cols, _FLAT),)](
+                table, *factors, b, rows * cols, cols, *etas, TYPE_W=type_w, TYPE_G=type_g, TYPE_RESIDUAL=type_residual,
+                ALIGNED=aligned, DECAY=decay is not None, HOW=how, BLOCK=_FLAT,
+            )  # fmt: skip
 
     def adamw(
         self,
@@ -160,43 +157,94 @@ class Triton:
         maximize: bool,
     ) -> None:
         """As the reference, in one pass."""
+        size = W[0].numel()
+        if size == 0:
+            return
         rate = torch.full_like(live[0], lr) if not isinstance(lr, Tensor) else lr.to(live.device, torch.float32)
-        for t, (w, g, m, v) in enumerate(zip(W, G, M, V, strict=True)):
-            stored = ((w, precisions[t]), (m, moments[t][0]), (v, moments[t][1]))
-            if not all(_possible(x, precision) and x.is_contiguous() for x, precision in stored):
-                self._plain.adamw(
-                    [w], [g], [m], [v], live[t : t + 1], [precisions[t]], [moments[t]], step=step, lr=lr, betas=betas, eps=eps,
-                    weight_decay=weight_decay, maximize=maximize,
-                )  # fmt: skip
+        G, hows = [g.contiguous() for g in G], [(how, *of) for how, of in zip(precisions, moments, strict=True)]
+        stored = [tuple(map(_stored, each, how)) for *each, how in zip(W, M, V, hows, strict=True)]
+        for kind, mine in _alike(_kind(g, *each) for g, each in zip(G, stored, strict=True)):
+            if kind is None:
+                for t in mine:
+                    self._plain.adamw(
+                        [W[t]], [G[t]], [M[t]], [V[t]], live[t : t + 1], [precisions[t]], [moments[t]], step=step, lr=lr,
+                        betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
+                    )  # fmt: skip
                 continue
-            (how, residual, numbers), (how_m, _, numbers_m), (how_v, _, numbers_v) = (_how(p, x) for x, p in stored)
-            kernels.adamw[(triton.cdiv(w.numel(), _FLAT),)](
-                w, g.contiguous(), m, v, live[t], rate, residual, w.numel(), *_corrections(step, betas), eps, weight_decay,
-                *numbers, *numbers_m, *numbers_v, DECAY=bool(weight_decay), HOW=how, HOW_M=how_m, HOW_V=how_v,
-                SIGN=-1 if maximize else 1, BLOCK=_FLAT,
+            type_g, (how, type_w, type_residual), (how_m, type_m, _), (how_v, type_v, _) = kind
+            table, aligned = _table(
+                (t, (W[t], G[t], M[t], V[t], stored[t][0].residual), [x for each in stored[t] for x in each.numbers])
+                for t in mine
+            )
+            kernels.adamw[(len(mine) * triton.cdiv(size, _FLAT),)](
+                table, live.contiguous(), rate, size, *_corrections(step, betas), eps, weight_decay,
+                TYPE_W=type_w, TYPE_G=type_g, TYPE_M=type_m, TYPE_V=type_v, TYPE_RESIDUAL=type_residual, ALIGNED=aligned,
+                DECAY=bool(weight_decay), HOW=how, HOW_M=how_m, HOW_V=how_v, SIGN=-1 if maximize else 1, BLOCK=_FLAT,
             )  # fmt: skip
+
+
+class _Stored(NamedTuple):
+    """What the kernels must know to store a tensor."""
+
+    kind: tuple[int, Any, Any] | None  # how, and the types of the tensor and of its residual; None: they cannot
+    residual: Tensor  # any tensor if there is none
+    numbers: tuple[int, int, int]  # of its random bits
+
+
+def _stored(x: Tensor, precision: Precision) -> _Stored:
+    """The kernels store up to float32, without gaps, and round elements whose indices follow one another."""
+    key, start, residual, groups = precision
+    rest = x if residual is None else residual
+    possible = x.dtype in _STORED and rest.dtype in _STORED and x.is_contiguous() and rest.is_contiguous()
+    if groups is not None or not possible:
+        return _Stored(None, rest, (0, 0, 0))
+    types = _STORED[x.dtype], _STORED[rest.dtype]
+    if residual is not None:
+        return _Stored((kernels.COMPENSATED.value, *types), rest, (0, 0, 0))
+    if key is None:
+        return _Stored((kernels.PLAIN.value, *types), rest, (0, 0, 0))
+    if not isinstance(start, int) or x.numel() >= 2**31 or not in_one_period(start, x.numel()):
+        return _Stored(None, rest, (0, 0, 0))
+    return _Stored((kernels.STOCHASTIC.value, *types), rest, hash_numbers(key, start))
+
+
+def _kind(g: Tensor, *stored: _Stored) -> tuple[Any, ...] | None:
+    """What must be equal for one launch; None where the kernels cannot."""
+    kinds = [each.kind for each in stored]
+    return None if g.dtype not in _READ or None in kinds else (_READ[g.dtype], *kinds)
+
+
+def _alike(kinds: Iterable[Key]) -> ItemsView[Key, list[int]]:
+    """Which tensors, by their place in the call, are of each kind."""
+    alike: dict[Key, list[int]] = {}
+    for t, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(t)
+    return alike.items()
+
+
+def _table(tensors: Iterable[tuple[int, Sequence[Tensor], Sequence[int]]]) -> tuple[Tensor, bool]:
+    """The table of a launch, on the device: for each tensor its place in the call, addresses of what is its own, numbers.
+
+    Also whether all addresses are multiples of 16. From pinned memory the copy waits for nothing.
+    """
+    rows, every, device = [], 0, torch.device("cpu")
+    for t, own, numbers in tensors:
+        addresses = [x.data_ptr() for x in own]
+        for address in addresses:
+            every |= address
+        rows.append((t, *addresses, *numbers))
+        device = own[0].device
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True), every % 16 == 0
+
+
+def _laid_out(projection: Projection) -> tuple[Tensor, Tensor]:
+    """What a kernel reads of it; a dense one is one tensor, twice."""
+    if isinstance(projection, Sketch):
+        return projection.order, projection.signs
+    P = projection.float().contiguous()
+    return P, P
 
 
 def _corrections(step: int, betas: tuple[float, float]) -> tuple[float, ...]:
     return 1 - betas[0], 1 - betas[1], 1 - betas[0] ** step, 1 - betas[1] ** step
-
-
-def _possible(stored: Tensor, precision: Precision) -> bool:
-    """Whether the kernels can store it: up to float32, and elements whose indices follow one another."""
-    return stored.dtype != torch.float64 and (
-        precision.key is None
-        or (
-            isinstance(precision.start, int)
-            and stored.numel() < 2**31
-            and in_one_period(precision.start, stored.numel())
-        )
-    )
-
-
-def _how(precision: Precision, stored: Tensor) -> tuple[Any, Tensor, tuple[int, int, int]]:
-    if precision.residual is not None:
-        return kernels.COMPENSATED.value, precision.residual, (0, 0, 0)
-    if precision.key is None:
-        return kernels.PLAIN.value, stored, (0, 0, 0)
-    assert isinstance(precision.start, int)
-    return kernels.STOCHASTIC.value, stored, hash_numbers(precision.key, precision.start)

@@ -1,7 +1,11 @@
 """The Triton kernels of the passes: each reads a matrix once. :mod:`insitu.optim.step.triton` launches them.
 
 A matrix is seen as n channels of m numbers whatever its orientation: strides say which is which, so one kernel serves tall and
-wide. The second grid axis counts the matrices of a stack.
+wide.
+
+A launch is for many tensors of one shape. ``table`` (int64) has a row for each: its number t in the call, then the addresses of
+what is its own, then its numbers. What the call has in one piece (R, ``eta_s``, ``live``) is found by t. The first grid axis
+counts the programs of a matrix, the matrices of a tensor (``stack_size``) and the tensors: it is the one that may be long.
 """
 
 # The language of Triton has no types.
@@ -15,13 +19,37 @@ from insitu.optim.rounding import MIXER, WEYL
 
 _WEYL, _MIXER = (tl.constexpr((word + 2**31) % 2**32 - 2**31) for word in (WEYL, MIXER))
 PLAIN, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))  # how a number is stored
+# What a row of a table holds: t, addresses and numbers, as the kernels below read them.
+MEASURE, DIRECT, APPLY, ADAMW = (tl.constexpr(i) for i in (4, 3, 7, 15))
 
 
 @triton.jit
-def measure_one(G, P, R, G_sq, n, m, g_stack, g_n, g_m, BN: tl.constexpr, BM: tl.constexpr):
+def _place(table, COLUMNS: tl.constexpr, stack_size, blocks):
+    """This program's row of the table, its matrix among those of the tensor, and of the call, and its block of the matrix."""
+    program = tl.program_id(0)
+    matrix = program // blocks
+    row = table + (matrix // stack_size) * COLUMNS
+    stack = (matrix % stack_size).to(tl.int64)
+    return row, stack, tl.load(row) * stack_size + stack, program % blocks
+
+
+@triton.jit
+def _pointer(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(entry).to(tl.pointer_type(TYPE))
+    if ALIGNED:  # only then are 16 bytes loaded at once; said of the address, before the cast, it would be lost
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def measure_one(
+    table, R, G_sq, stack_size, n, m, g_stack, g_n, g_m,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """Rank 1: R_j = P . G_j and |G_j|^2."""
-    stack = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    row, stack, matrix, block = _place(table, MEASURE, stack_size, tl.cdiv(n, BN))
+    G, P = _pointer(row + 1, TYPE, ALIGNED), _pointer(row + 2, tl.float32, ALIGNED)
+    j = block * BN + tl.arange(0, BN)
     start = G + stack * g_stack + j[:, None].to(tl.int64) * g_n
     r = tl.zeros([BN], tl.float32)
     square = tl.zeros([BN], tl.float32)
@@ -30,20 +58,20 @@ def measure_one(G, P, R, G_sq, n, m, g_stack, g_n, g_m, BN: tl.constexpr, BM: tl
         g = tl.load(start + i[None, :].to(tl.int64) * g_m, (j < n)[:, None] & (i < m)[None, :], 0.0).to(tl.float32)
         r += tl.sum(g * tl.load(P + i, i < m, 0.0)[None, :], 1)
         square += tl.sum(g * g, 1)
-    tl.store(R + stack * n + j, r, j < n)
-    tl.store(G_sq + stack * n + j, square, j < n)
+    tl.store(R + matrix * n + j, r, j < n)
+    tl.store(G_sq + matrix * n + j, square, j < n)
 
 
 @triton.jit
 def measure_dense(
-    G, P, R, G_sq, n, m, rank, g_stack, g_n, g_m, p_stack, r_n, r_r,
-    BN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+    table, R, G_sq, stack_size, n, m, rank, g_stack, g_n, g_m, p_stack, r_n, r_r,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """R = P G, a tile of channels and ranks in each program; the first programs of a channel also make |G_j|^2."""
-    stack = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(2)
-    j = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = block * BR + tl.arange(0, BR)
+    row, stack, matrix, block = _place(table, MEASURE, stack_size, tl.cdiv(n, BN))
+    G, P = _pointer(row + 1, TYPE, ALIGNED), _pointer(row + 2, tl.float32, ALIGNED)
+    j = block * BN + tl.arange(0, BN)
+    k = tl.program_id(1) * BR + tl.arange(0, BR)
     start = G + stack * g_stack + j[:, None].to(tl.int64) * g_n
     found = tl.zeros([BN, BR], tl.float32)
     square = tl.zeros([BN], tl.float32)
@@ -53,19 +81,22 @@ def measure_dense(
         p = tl.load(P + stack * p_stack + k[None, :] * m + i[:, None], (k < rank)[None, :] & (i < m)[:, None], 0.0)
         found = tl.dot(g, p, found, input_precision="ieee")
         square += tl.sum(g * g, 1)
-    at = R + stack * n * rank + j[:, None].to(tl.int64) * r_n + k[None, :].to(tl.int64) * r_r
+    at = R + matrix * n * rank + j[:, None].to(tl.int64) * r_n + k[None, :].to(tl.int64) * r_r
     tl.store(at, found, (j < n)[:, None] & (k < rank)[None, :])
-    if block == 0:
-        tl.store(G_sq + stack * n + j, square, j < n)
+    if tl.program_id(1) == 0:
+        tl.store(G_sq + matrix * n + j, square, j < n)
 
 
 @triton.jit
 def measure_sketch(
-    G, order, signs, R, G_sq, n, rank, repeats, g_stack, g_n, g_m, r_n, r_r, BN: tl.constexpr, BR: tl.constexpr
+    table, R, G_sq, stack_size, n, rank, repeats, g_stack, g_n, g_m, r_n, r_r,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Each coordinate once, to its bucket; places that are left over have the sign 0."""
-    stack = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    row, stack, matrix, block = _place(table, MEASURE, stack_size, tl.cdiv(n, BN))
+    G = _pointer(row + 1, TYPE, ALIGNED)
+    order, signs = _pointer(row + 2, tl.int32, ALIGNED), _pointer(row + 3, tl.float32, ALIGNED)
+    j = block * BN + tl.arange(0, BN)
     start = G + stack * g_stack + j[:, None].to(tl.int64) * g_n
     square = tl.zeros([BN], tl.float32)
     for first in range(0, rank, BR):
@@ -77,9 +108,9 @@ def measure_sketch(
             g = tl.load(start + i[None, :] * g_m, (j < n)[:, None] & (sign != 0)[None, :], 0.0).to(tl.float32)
             found += g * sign[None, :]
             square += tl.sum(g * g, 1)
-        at = R + stack * n * rank + j[:, None].to(tl.int64) * r_n + k[None, :].to(tl.int64) * r_r
+        at = R + matrix * n * rank + j[:, None].to(tl.int64) * r_n + k[None, :].to(tl.int64) * r_r
         tl.store(at, found, (j < n)[:, None] & (k < rank)[None, :])
-    tl.store(G_sq + stack * n + j, square, j < n)
+    tl.store(G_sq + matrix * n + j, square, j < n)
 
 
 @triton.jit
@@ -93,24 +124,26 @@ def _moments(r, m, v, live, weight1, weight2, correction1, correction2, eps):
 
 @triton.jit
 def direct(
-    R, M, V, live, out, n, rank, stack_size, r_n, r_r, weight1, weight2, correction1, correction2, eps,
-    BN: tl.constexpr, BR: tl.constexpr,
+    table, R, live, out, stack_size, n, rank, r_n, r_r, weight1, weight2, correction1, correction2, eps,
+    ALIGNED: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Adam's moments in place, and |R~_j|^2."""
-    stack = tl.program_id(1).to(tl.int64)
-    alive = tl.load(live)
-    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    row, stack, matrix, block = _place(table, DIRECT, stack_size, tl.cdiv(n, BN))
+    M, V = _pointer(row + 1, tl.float32, ALIGNED), _pointer(row + 2, tl.float32, ALIGNED)
+    M, V, R = M + stack * n * rank, V + stack * n * rank, R + matrix * n * rank
+    alive = tl.load(live + tl.load(row))
+    j = block * BN + tl.arange(0, BN)
     square = tl.zeros([BN], tl.float32)
     for first in range(0, rank, BR):
         k = first + tl.arange(0, BR)
-        at = stack * n * rank + j[:, None].to(tl.int64) * r_n + k[None, :].to(tl.int64) * r_r
+        at = j[:, None].to(tl.int64) * r_n + k[None, :].to(tl.int64) * r_r
         mask = (j < n)[:, None] & (k < rank)[None, :]
         r, m, v = tl.load(R + at, mask, 0.0), tl.load(M + at, mask, 0.0), tl.load(V + at, mask, 1.0)
         m, v, direction = _moments(r, m, v, alive, weight1, weight2, correction1, correction2, eps)
         tl.store(M + at, m, mask)
         tl.store(V + at, v, mask)
         square += tl.sum(tl.where(mask, direction * direction, 0.0), 1)
-    tl.store(out + stack * n + j, square, j < n)
+    tl.store(out + matrix * n + j, square, j < n)
 
 
 @triton.jit
@@ -123,10 +156,11 @@ def _nearest(value, like):
 
 
 @triton.jit
-def _store(out, residual, at, value, mask, base, factor, odd, HOW: tl.constexpr):
-    """One number per element, rounded as insitu.optim.rounding does it, to the bit."""
+def _store(out, residual, at, value, mask, numbers, HOW: tl.constexpr):
+    """One number per element, rounded as insitu.optim.rounding does it, to the bit; its numbers are in the table."""
     if HOW == STOCHASTIC:
-        place = at.to(tl.int32) + odd
+        base, factor = tl.load(numbers).to(tl.int32), tl.load(numbers + 1).to(tl.int32)
+        place = at.to(tl.int32) + tl.load(numbers + 2).to(tl.int32)
         word = base + (place >> 1) * _WEYL
         word = (word ^ (word >> 15)) * factor
         word = (word ^ (word >> 15)) * _MIXER
@@ -140,33 +174,41 @@ def _store(out, residual, at, value, mask, base, factor, odd, HOW: tl.constexpr)
 
 @triton.jit
 def apply(
-    W, G, eta_s, decay, live, residual, size, cols, eta_row, eta_col, base, factor, odd,
+    table, eta_s, decay, live, stack_size, size, cols, eta_stack, eta_row, eta_col,
+    TYPE_W: tl.constexpr, TYPE_G: tl.constexpr, TYPE_RESIDUAL: tl.constexpr, ALIGNED: tl.constexpr,
     DECAY: tl.constexpr, HOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """W (1 - decay) - G eta_s of one matrix."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
+    """W (1 - decay) - G eta_s."""
+    row, stack, matrix, block = _place(table, APPLY, stack_size, tl.cdiv(size, BLOCK))
+    W, G = _pointer(row + 1, TYPE_W, ALIGNED), _pointer(row + 2, TYPE_G, ALIGNED)
+    residual = _pointer(row + 3, TYPE_RESIDUAL, ALIGNED)
+    here = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # in the matrix
+    at, mask = stack * size + here, here < size
     w = tl.load(W + at, mask, 0.0).to(tl.float32)
     if HOW == COMPENSATED:
         w += tl.load(residual + at, mask, 0.0).to(tl.float32)
-    g = tl.where(tl.load(live) > 0, tl.load(G + at, mask, 0.0).to(tl.float32), 0.0)
-    eta = tl.load(eta_s + (at // cols) * eta_row + (at % cols) * eta_col, mask, 0.0)
+    g = tl.where(tl.load(live + tl.load(row)) > 0, tl.load(G + at, mask, 0.0).to(tl.float32), 0.0)
+    eta = tl.load(eta_s + matrix * eta_stack + (here // cols) * eta_row + (here % cols) * eta_col, mask, 0.0)
     if DECAY:
-        w *= 1 - tl.load(decay)
-    _store(W, residual, at, w - g * eta, mask, base, factor, odd, HOW)
+        w *= 1 - tl.load(decay + matrix)
+    _store(W, residual, at, w - g * eta, mask, row + 4, HOW)
 
 
 @triton.jit
 def adamw(
-    W, G, M, V, live, lr, residual, size, weight1, weight2, correction1, correction2, eps, decay,
-    w_base, w_factor, w_odd, m_base, m_factor, m_odd, v_base, v_factor, v_odd,
-    DECAY: tl.constexpr, HOW: tl.constexpr, HOW_M: tl.constexpr, HOW_V: tl.constexpr, SIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, live, lr, size, weight1, weight2, correction1, correction2, eps, decay,
+    TYPE_W: tl.constexpr, TYPE_G: tl.constexpr, TYPE_M: tl.constexpr, TYPE_V: tl.constexpr, TYPE_RESIDUAL: tl.constexpr,
+    ALIGNED: tl.constexpr, DECAY: tl.constexpr, HOW: tl.constexpr, HOW_M: tl.constexpr, HOW_V: tl.constexpr,
+    SIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """AdamW, element by element; ``lr`` points to a float32."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, _, t, block = _place(table, ADAMW, 1, tl.cdiv(size, BLOCK))
+    W, G = _pointer(row + 1, TYPE_W, ALIGNED), _pointer(row + 2, TYPE_G, ALIGNED)
+    M, V = _pointer(row + 3, TYPE_M, ALIGNED), _pointer(row + 4, TYPE_V, ALIGNED)
+    residual = _pointer(row + 5, TYPE_RESIDUAL, ALIGNED)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    alive, rate = tl.load(live), tl.load(lr)
+    alive, rate = tl.load(live + t), tl.load(lr)
     w = tl.load(W + at, mask, 0.0).to(tl.float32)
     if HOW == COMPENSATED:
         w += tl.load(residual + at, mask, 0.0).to(tl.float32)
@@ -175,6 +217,6 @@ def adamw(
     m, v, direction = _moments(g, m, v, alive, weight1, weight2, correction1, correction2, eps)
     if DECAY:
         w *= 1 - alive * (rate * decay)
-    _store(W, residual, at, w - direction * (alive * rate * SIGN), mask, w_base, w_factor, w_odd, HOW)
-    _store(M, M, at, m, mask, m_base, m_factor, m_odd, HOW_M)
-    _store(V, V, at, v, mask, v_base, v_factor, v_odd, HOW_V)
+    _store(W, residual, at, w - direction * (alive * rate * SIGN), mask, row + 6, HOW)
+    _store(M, M, at, m, mask, row + 9, HOW_M)
+    _store(V, V, at, v, mask, row + 12, HOW_V)
