@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from insitu.data.products import widen
 from insitu.live.weights.arena import DTYPES, Arena, Slot, plan
 
 
@@ -85,7 +86,7 @@ def build(model_dir: Path, arena: Arena, *, requires_grad: bool) -> Any:
             raise AttachError(f"buffer {name!r} was left without data")
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(arena.device)
-    return model.eval()
+    return widen(model.eval())
 
 
 def fill(
