@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from insitu.data.products import bf16_is_slow
 from insitu.live.client import Client
 from insitu.live.weights.arena import NAME, Arena
 
@@ -22,7 +23,7 @@ LESSON = [
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
     """The first true value of ``condition``; AssertionError after ``seconds``."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * (4 if bf16_is_slow() else 1)  # a lesson takes so much longer there
     while time.monotonic() < deadline:
         if found := condition():
             return found

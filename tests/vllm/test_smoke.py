@@ -24,7 +24,7 @@ from insitu.live.vllm_plugin.worker import WeightClient
 from insitu.live.weights import attach
 from insitu.live.weights.arena import Arena, resident
 
-pytestmark = [pytest.mark.smoke, pytest.mark.real]
+pytestmark = [pytest.mark.smoke, pytest.mark.real, pytest.mark.timeout(1800)]
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # What vLLM has for developers and operators, whether this version and its settings mount it or not.
