@@ -1,6 +1,11 @@
 """Steps of whole bundles in one call of the C++ kernels: the general way's numbers, whatever goes together, and "fused"."""
 
 import copy
+import gc
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from insitu import APOLLO
+from insitu.optim.projection import ProjectionCache
 from insitu.optim.rounding import Precision, stochastic_round
-from insitu.optim.step import carried, carried_elements, choose, native
+from insitu.optim.step import carried, carried_elements, choose, kernels, native
 
 if isinstance(native.build(), str):
     pytest.skip(f"no kernels: {native.build()}", allow_module_level=True)
@@ -210,3 +216,48 @@ def test_counts_of_another_type_are_kept_as_they_are() -> None:
         optimizer.step()
     assert optimizer.state[p]["step"].dtype == torch.float32
     assert int(optimizer.state[p]["step"]) == 4
+
+
+@pytest.mark.parametrize("projection", ["gaussian", "rademacher"])
+def test_dense_projections_that_the_cache_does_not_keep_are_gone_after_the_step(
+    projection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    get = ProjectionCache.get
+
+    def seen(self: ProjectionCache, *given: Any) -> Any:
+        self._limit = 0
+        made.append(weakref.ref(found := get(self, *given)))
+        return found
+
+    monkeypatch.setattr(ProjectionCache, "get", seen)
+    params = [nn.Parameter(torch.randn(24, 16)) for _ in range(3)]
+    optimizer = APOLLO(params, rank=4, projection=projection, backend="native")
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        gc.collect()
+        assert [P() for P in made] == [None] * len(made)
+    assert len(made) == 6
+
+
+def test_another_librarys_functions_of_the_same_names_are_not_called(tmp_path: Path) -> None:
+    # As if a plugin that every library sees had functions with ordinary names.
+    source, library = tmp_path / "other.cpp", tmp_path / "other.so"
+    names = ("apply", "square", "norms", "direct", "factors", "limited", "adamw", "measure_one", "measure_sketch")
+    source.write_text("#include <cstdlib>\n" + "".join(f'extern "C" void {name}() {{ abort(); }}\n' for name in names))
+    compiler, _ = kernels.find_compiler()
+    if compiler is None:
+        pytest.skip("needs the compiler that made the kernels")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    program = (
+        f"import ctypes; ctypes.CDLL({str(library)!r}, ctypes.RTLD_GLOBAL)\n"
+        "import torch, insitu\n"
+        "params = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 16), (16,))]\n"
+        "for options in ({'rank': 1}, {'rank': 4, 'projection': 'sketch'}):\n"
+        "    optimizer = insitu.APOLLO(params, backend='fused', **options)\n"
+        "    for p in params: p.grad = torch.ones_like(p)\n"
+        "    optimizer.step()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -72,7 +72,7 @@ class Carried:
             rounded=int(rounded),
         )
         self._period: int | None = None  # of the projections that are looked up
-        self._projections: list[Any] = []
+        self._held: list[Any] = []
 
     def takes(self, backend: Backend, G: Sequence[Tensor]) -> bool:
         """Whether it does steps of these gradients by this backend."""
@@ -105,9 +105,11 @@ class Carried:
             projections: gives that of each matrix; the same ones as long as ``period`` is the same.
         """
         assert isinstance(backend, Native)
+        held = self._held
         if self._period != period:
-            self._look_up(projections())
-            self._period = None if self._bundle.repeats == _DENSE else period
+            held = self._look_up(projections())
+            # Dense ones are large, and what is kept of them between steps is the projection cache's to limit.
+            self._period, self._held = (None, []) if self._bundle.repeats == _DENSE else (period, held)
         bundle, table, rate = _Bundle.from_buffer_copy(self._bundle), pointers(G), float(lr)
         bundle.G = ctypes.addressof(table)
         bundle.g_bfloat, bundle.done = _is_bfloat(G), step - 1
@@ -115,10 +117,11 @@ class Carried:
         bundle.adam = adam_numbers(step, betas, eps)
         bundle.numbers = alpha, inf if limiter is None else limiter, (-rate if maximize else rate) * alpha
         bundle.decay = rate * weight_decay
-        of_step = _Step(bundle, self._W, G, self._projections, table, backend)
+        of_step = _Step(bundle, self._W, G, held, table, backend)
         return of_step.at_once(scratch) if backend.at_once and bundle.repeats != _DENSE else of_step.in_two(scratch)
 
-    def _look_up(self, found: Sequence[Projection]) -> None:
+    def _look_up(self, found: Sequence[Projection]) -> list[Any]:
+        """Have the bundle point to them; the result is what must live as long as it does."""
         bundle, tables = self._bundle, []
         sketches = [P for P in found if isinstance(P, Sketch)]
         if sketches:
@@ -129,7 +132,7 @@ class Carried:
         else:
             bundle.repeats = _DENSE
         bundle.P = ctypes.addressof(tables[0]) if tables else None
-        self._projections = [found, tables]  # as long as the bundle points there
+        return [found, tables]
 
 
 class _Step(NamedTuple):

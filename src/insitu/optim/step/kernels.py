@@ -28,16 +28,23 @@ _INSTRUCTIONS = re.compile(
 )
 
 
+def find_compiler() -> tuple[str | None, str]:
+    """The C++ compiler, or None, and what was looked for."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None), ", ".join(names)
+
+
 def compile_to(out: Path) -> str | None:
     """Compile the kernels for this machine into ``out``; None, or why it could not be done."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    compiler, names = find_compiler()
     if compiler is None:
-        return f"no C++ compiler ({', '.join(names)})"
+        return f"no C++ compiler ({names})"
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor() as pool:
         objects = {str(source): str(Path(directory) / source.stem) for source in sorted(SOURCE.glob("*.cpp"))}
         commands = [[compiler, *_FLAGS, "-c", source, "-o", made] for source, made in objects.items()]
-        for ran in (*pool.map(_run, commands), _run([compiler, *_FLAGS, "-shared", *objects.values(), "-o", str(out)])):
+        # Their names (square, apply) are ordinary words: another library's must not be called in their place.
+        link = [compiler, *_FLAGS, "-shared", "-Wl,-Bsymbolic", *objects.values(), "-o", str(out)]
+        for ran in (*pool.map(_run, commands), _run(link)):
             if ran.returncode:
                 said = (ran.stderr.strip() or "no message").splitlines()[0]
                 return f"a C++ compiler that cannot make the kernels ({compiler} {' '.join(_FLAGS)}: {said})"
