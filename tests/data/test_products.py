@@ -78,6 +78,16 @@ def test_only_bf16_layers_change_and_a_frozen_one_gets_no_gradient() -> None:
     assert twin.float()(torch.randn(9, 4)).dtype == torch.float32  # as any layer, once it is no bf16
 
 
+@pytest.mark.usefixtures("slow")
+def test_a_weight_of_another_kind_is_left_alone() -> None:
+    class Shard(torch.Tensor):
+        pass
+
+    layer = nn.Linear(4, 4).bfloat16()
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Shard))
+    assert type(widen(layer)) is nn.Linear
+
+
 def test_where_bf16_is_fast_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "bf16_is_slow", lambda: False)
     assert type(widen(nn.Linear(4, 4).bfloat16())) is nn.Linear

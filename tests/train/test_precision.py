@@ -13,6 +13,7 @@ from monitored import run, tiny_model, trainer, varied
 from torch import nn
 
 import insitu
+from insitu.data import products
 from insitu.train import precision
 from insitu.train.emulated import DynamicLossScale, LossScale, eighth, emulate, half
 from insitu.train.precision import PrecisionConfig
@@ -120,6 +121,16 @@ def test_what_the_training_arguments_are_told(config: PrecisionConfig, device: s
     assert {p.dtype for p in model.parameters()} == {expected}
     assert list(model.state_dict()) == names
     assert bool(precision.callbacks(config, model)) is (config.compute == "fp16" and device == "cpu")
+
+
+def test_bf16_weights_are_multiplied_in_float32_where_the_cpu_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "bf16_is_slow", lambda: True)
+    for weights, wide in (("fp32", False), ("bf16", True)):
+        model = tiny_model()
+        precision.apply(PrecisionConfig(compute="bf16", weights=weights), model, device="cpu")
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        assert layers
+        assert all(isinstance(layer, products.WideLinear) is wide for layer in layers)
 
 
 def test_emulation_is_named_in_the_log_and_nothing_else_is(caplog: Any) -> None:

@@ -26,7 +26,10 @@ def widen(model: nn.Module) -> nn.Module:
     """The model; its linear layers multiply bf16 in float32 where the CPU is slow otherwise. Weights stay what they are."""
     if bf16_is_slow():
         for module in model.modules():
-            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu:
+            if type(module) is not nn.Linear:
+                continue
+            weight = module.weight.data
+            if type(weight) is Tensor and weight.dtype == torch.bfloat16 and weight.is_cpu:  # and no shard
                 module.__class__ = WideLinear
     return model
 

@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from insitu.data.products import widen
+
 log = logging.getLogger("insitu.train")
 
 _ALIGNED = 16  # float8 products want both sides of a matrix in multiples of this
@@ -81,6 +83,8 @@ def apply(config: PrecisionConfig, model: Any, *, device: str | None = None) -> 
         model.to(torch.bfloat16)
     if config.compute == "bf16":
         overrides["bf16"] = config.weights == "fp32"  # autocast: bf16 weights need none
+        if config.weights == "bf16":
+            widen(model)  # as the live learner has it
     elif config.compute == "fp16":
         if device == "cuda":
             overrides["fp16"] = True
