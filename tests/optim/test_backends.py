@@ -254,7 +254,8 @@ def test_a_shard_without_elements_is_no_special_case(
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is asked for in a process of its own")
 def test_triton_in_its_interpreter_passes_the_same_cases() -> None:
     pytest.importorskip("triton", reason="needs triton")
-    files = [str(Path(__file__).with_name(name)) for name in ("test_backends.py", "test_backend_calls.py")]
+    names = ("test_backends.py", "test_backend_calls.py", "test_captured.py")
+    files = [str(Path(__file__).with_name(name)) for name in names]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -18,12 +18,13 @@ from torch import Tensor
 from insitu.optim import options
 from insitu.optim.base import TensorWise
 from insitu.optim.bundles import Bound
+from insitu.optim.captured import HeldProjections
 from insitu.optim.elementwise import adamw, sgd
 from insitu.optim.exchange import Links
 from insitu.optim.matrices import projected
 from insitu.optim.projection import Layout, ProjectionCache, layout, matrix_shape
 from insitu.optim.sharding import Part, distributed, local_of, split
-from insitu.optim.task import Task, Turn
+from insitu.optim.task import Clock, Task, Turn
 from insitu.optim.tensors import name_of, refuse_flattened
 
 _log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class APOLLO(TensorWise):
             blocks), or by name: "reference" (the formulas as they are written), "blocked" (CPU), "native" (CPU, C++),
             "fused" (the same, each tensor written while its gradient is in the cache, so that one that is not finite is
             refused when the others have been updated), "compiled" (torch.compile), "triton" (CUDA).
+        capturable: whether a step may be captured as part of a CUDA graph; then :meth:`advance` goes before each replay.
 
     Every option may be given per group, and changed between steps. A changed rank starts the moments afresh.
 
@@ -114,6 +116,7 @@ class APOLLO(TensorWise):
         nonfinite: str = "error",
         seed: int = 0,
         backend: str = "auto",
+        capturable: bool = False,
         **unknown: Any,
     ) -> None:
         options.refuse_unknown(unknown)
@@ -139,6 +142,7 @@ class APOLLO(TensorWise):
                 "nonfinite": nonfinite,
                 "seed": seed,
                 "backend": backend,
+                "capturable": capturable,
             },
         )
         bare = [p for group in self.param_groups if group.get("role") is None for p in group["params"]]
@@ -152,7 +156,7 @@ class APOLLO(TensorWise):
 
     def _forget(self) -> None:
         super()._forget()
-        self._projections = ProjectionCache()
+        self._projections, self._held = ProjectionCache(), HeldProjections()
 
     def _check(self, group: dict[str, Any]) -> None:
         options.check_apollo(group)
@@ -231,11 +235,24 @@ class APOLLO(TensorWise):
         copies = 0 if M.dtype == torch.float32 else 2  # of M and V; they do not wait, but a bundle's are there at once
         return 4 * M.numel() * (1 + copies)
 
+    def _renew(self, task: Task, done: int) -> float:
+        size = _layout(task.parameter, task.group, task.name)
+        if size is None:
+            return super()._renew(task, done)
+        refresh: int = task.group["refresh"]
+        self._held.renew(task.parameter, task.group["projection"], task.state["seed"], done // refresh, size)
+        return refresh - done % refresh
+
+    def _due(self, tasks: Sequence[Task], clock: Clock) -> Tensor | None:
+        return self._held.due(tasks, clock) if _layout(tasks[0].parameter, tasks[0].group, tasks[0].name) else None
+
     def _bind(self, tasks: Sequence[Task]) -> Bound:
         task = tasks[0]
         size = _layout(task.parameter, task.group, task.name)
         if size:
-            return projected(tasks, size, self._projections, self._scratch)  # and not self, which holds what is bound
+            return projected(
+                tasks, size, self._projections, self._held, self._scratch
+            )  # and not self, which holds what is bound
         return sgd(tasks) if _sgd(task.group) else adamw(tasks)
 
 

@@ -6,7 +6,7 @@ need few collectives, and what a user gave is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
 from typing import Any, overload
 
@@ -14,27 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from insitu.optim.bundles import Backends, Bound, Bundle, Step, bundled
+from insitu.optim.bundles import Backends, Bundle, Step, bundled
+from insitu.optim.captured import Counters, refuse_uncapturable
 from insitu.optim.counting import HostCounts, StepCounts
 from insitu.optim.exchange import Links, run
+from insitu.optim.formulas import Formulas
 from insitu.optim.kept import Kept, keepable
+from insitu.optim.loading import refuse_foreign
 from insitu.optim.quantized import refuse_for_int8
 from insitu.optim.seeds import mix
 from insitu.optim.sharding import Part, distributed, local_gradient, local_of, part_of
 from insitu.optim.step import Backend
 from insitu.optim.step.scratch import Scratch
-from insitu.optim.task import Place, Task, Turn, refuse_nonfinite
+from insitu.optim.task import Clock, Place, Task, Turn, refuse_nonfinite
 from insitu.optim.tensors import (
+    capturing,
     name_of,
     readable,
     refuse_capture,
     refuse_changed,
-    refuse_other_state,
+    refuse_unprepared,
     refuse_unsuitable,
 )
 
 
-class TensorWise(Optimizer):
+class TensorWise(Formulas):
     """A torch optimizer whose update is made tensor by tensor; the base of all optimizers of this package."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -53,45 +57,10 @@ class TensorWise(Optimizer):
 
     def _forget(self) -> None:
         """Start afresh with what follows from the state, and so is not in a copy or a checkpoint."""
-        self._counts = StepCounts()
+        self._counts, self._counters = StepCounts(), Counters()
         self._seen: dict[Tensor, tuple[torch.Size, torch.dtype]] = {}
         self._scratch = Scratch()
         self._kept: Kept | None = None
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for the first bad option of a group."""
-        raise NotImplementedError
-
-    def _check_tensor(self, p: Tensor, group: dict[str, Any], name: str) -> None:
-        """Raise ValueError for a tensor that this optimizer cannot take."""
-
-    def _new_state(self, p: Tensor, group: dict[str, Any], part: Part, name: str) -> dict[str, Any]:
-        """What a tensor's state holds besides ``step``, ``skipped``, ``seed`` and ``residual``."""
-        raise NotImplementedError
-
-    def _fits(self, p: Tensor, group: dict[str, Any], name: str, state: dict[str, Any]) -> bool:
-        """Whether ``state`` is of the shape that the options of the group ask for now."""
-        raise NotImplementedError
-
-    def _links(self, task: Task) -> Links:
-        """Over which process groups the tensor's sums go."""
-        return task.part.links
-
-    def _together(self, turn: Turn) -> Hashable:
-        """Equal for tensors that may go through a step together, as one plan; None for one that goes alone."""
-        return None
-
-    def _waiting(self, task: Task) -> int:
-        """Bytes of scratch memory that the tensor holds until the sums of all tensors are known."""
-        return 0
-
-    def _bind(self, tasks: Sequence[Task]) -> Bound:
-        """What carries tensors that go together through a step: the first half, whose result is the second.
-
-        Here is looked up what does not change from step to step. The first row of the plan's Sum is |G|^2, of each tensor if
-        there are several. Where that is 0 or not finite, nothing of the tensor may change.
-        """
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. ``role`` ("matrix", "dense" or "adamw") says what its tensors are."""
@@ -119,7 +88,7 @@ class TensorWise(Optimizer):
 
         def inspect(_: Optimizer, loaded: dict[str, Any]) -> None:
             seen.append(loaded)
-            self._refuse_foreign(loaded)
+            refuse_foreign(self, loaded)
 
         hook = self.register_load_state_dict_pre_hook(inspect)
         try:
@@ -127,26 +96,15 @@ class TensorWise(Optimizer):
         finally:
             hook.remove()
         self._forget()
+        for group in self.param_groups:
+            for option, value in self.defaults.items():  # one that came after it was saved
+                group.setdefault(option, value)
         saved = [index for group in seen[0]["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, params, strict=True):
             for name, value in seen[0]["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(device=p.device, copy=True).contiguous()
-
-    def _refuse_foreign(self, loaded: dict[str, Any]) -> None:
-        """ValueError for state that is no state of the tensors here. What does not match in number is torch's to refuse."""
-        position = 0
-        for mine, saved in zip(self.param_groups, loaded["param_groups"], strict=False):
-            if missing := self.defaults.keys() - saved.keys() - {"differentiable"}:  # which torch adds itself, later
-                raise ValueError(
-                    f"the loaded group of {name_of(mine, 0, position)} has no {', '.join(sorted(missing))}: expected a "
-                    f"state_dict of {type(self).__name__}; load it into the optimizer that made it, or start afresh"
-                )
-            for i, (p, index) in enumerate(zip(mine["params"], saved["params"], strict=False)):
-                if state := loaded["state"].get(index):
-                    refuse_other_state(p, {**mine, **saved}, name_of(mine, i, position + i), state)
-            position += len(mine["params"])
 
     def initial_state(self, p: Tensor, group: dict[str, Any], name: str = "parameter", seed: int = 0) -> dict[str, Any]:
         """What the state of ``p`` in ``group`` is before its first step, on its device: of a meta tensor it costs nothing."""
@@ -185,8 +143,39 @@ class TensorWise(Optimizer):
         """
         return self._halves(at_once=False)
 
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Before each replay of a CUDA graph that holds a step of this optimizer (``capturable=True``).
+
+        Renews, where one is due, the projections that the graph reads; a tensor whose projection is due and was not renewed
+        stands still. It waits for the device only then, once in ``refresh`` steps. Options, ``lr`` among them, are what they
+        were at the capture; an ``lr`` that is a tensor on the device may be filled with another number.
+
+        Raises:
+            ValueError: a gradient in an earlier replay was not finite, unless ``nonfinite="skip"``. It is met at the next call
+                or, where the device is late, at one after it; the tensor itself was left alone.
+            RuntimeError: inside a capture.
+        """
+        if capturing():
+            raise RuntimeError(
+                "advance() inside a CUDA graph capture: expected it before each replay, outside of the graph"
+            )
+        if not self._counters.quiet():
+            self._renew_all()
+        self._counters.left -= 1
+
+    def _renew_all(self) -> None:
+        self._scratch.reserve([p.device for group in self.param_groups for p in group["params"]])
+        tasks = [
+            Task(p, group, name, part_of(p, name), self.state[p])
+            for p, group, name, _ in self.places()
+            if group.get("capturable") and self.state.get(p)
+        ]
+        self._counters.renew(tasks, self._renew)
+
     def _halves(self, *, at_once: bool) -> Callable[[], None]:
-        refuse_capture()
+        if not all(group.get("capturable") for group in self.param_groups):
+            refuse_capture()
         for group in self.param_groups:
             self._check(group)
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
@@ -195,6 +184,9 @@ class TensorWise(Optimizer):
             self._kept = None
             chosen = set(stepped)
             turns = [self._turn(place) for place in self.places() if place.parameter in chosen]
+            if any(turn.done is None for turn in turns) and not capturing():
+                self._renew_all()
+                self._counters.left -= 1
             steps = self._bundles(turns)
             if all(map(keepable, turns)):
                 self._kept = Kept(self.param_groups, [step.bundle for step in steps], stepped)
@@ -222,6 +214,10 @@ class TensorWise(Optimizer):
         refuse_capture()
         for group in self.param_groups:
             self._check(group)
+            if group.get("capturable"):
+                raise ValueError(
+                    "capturable=True with an update in backward: expected whole steps; use capturable=False"
+                )
         backends = Backends(self._scratch, at_once=True)
 
         @torch.no_grad()
@@ -247,9 +243,11 @@ class TensorWise(Optimizer):
         for together in bundled(turns, self._together, self._waiting, room):
             tasks = [turn.task for turn in together]
             links = self._links(tasks[0]) if len(tasks) == 1 else Links()
-            counts = HostCounts.of([task.state["step"] for task in tasks])
+            done = together[0].done
+            counts = None if done is None else HostCounts.of([task.state["step"] for task in tasks])
             bundle = Bundle(tasks, self._bind(tasks), links, counts)
-            steps.append(Step(bundle, [turn.gradient for turn in together], together[0].done))
+            clock = self._counters.clock(tasks) if done is None else done
+            steps.append(Step(bundle, [turn.gradient for turn in together], clock))
         return steps
 
     def _prepare(
@@ -262,10 +260,13 @@ class TensorWise(Optimizer):
         all_step: dict[int, bool] = {}  # known where the host can read it
 
         def inspect(i: int, own: Tensor, totals: Tensor) -> None:
-            together = steps[i].bundle.tasks
+            together, done = steps[i].bundle.tasks, steps[i].done
+            if isinstance(done, Clock) and (due := self._due(together, done)) is not None:
+                own[0].view(len(together), -1).masked_fill_(due[:, None], 0)  # as if its gradient were zero
+                totals[:1].masked_fill_(due.any(), 0)
             square = totals[:1] if len(together) == 1 else own[0].view(len(together), -1).sum(1)
             squares[i] = square
-            if readable(square):
+            if isinstance(done, int) and readable(square):
                 found = square.tolist()
                 all_step[i] = all(isfinite(x) and x != 0 for x in found)
                 for task, x in zip(together, found, strict=True):
@@ -298,7 +299,8 @@ class TensorWise(Optimizer):
 
     def observe(self, stepped: Iterable[Tensor]) -> None:
         """The end of a step of these tensors: the host will know, without waiting for a device, how many each has had."""
-        self._counts.observe({p: self.state[p] for p in stepped if not readable(p)})
+        self._counts.observe({p: self.state[p] for p in stepped if not readable(p) and p not in self._counters})
+        self._counters.observe()
 
     def _turn(self, place: Place) -> Turn:
         p, group, name, position = place
@@ -314,7 +316,11 @@ class TensorWise(Optimizer):
         refuse_changed(p, name, *known)
         if grad.dtype != p.dtype or grad.layout != torch.strided:
             refuse_unsuitable(grad, f"the gradient of {name}")
-        state = self.state[p]
+        state, capturable = self.state[p], bool(group.get("capturable"))
+        if capturable:
+            refuse_uncapturable(p, group, name, part)
+            if capturing() and not (p in self._counters and self._fits(p, group, name, state)):
+                refuse_unprepared(name)
         if not self._fits(p, group, name, state):  # none yet, or of another rank: it means nothing in the new space
             seed = state.get("seed", mix(group["seed"], position))
             state.clear()
@@ -323,8 +329,10 @@ class TensorWise(Optimizer):
             state.pop("residual", None)
         elif "residual" not in state:
             state.update(_residual(p, group, part))
-        done, newly_skipped = self._counts.read(p, state)
         task = Task(p, group, name, part, state)
+        if capturable:
+            return Turn(task, local_gradient(p, grad), None)
+        done, newly_skipped = self._counts.read(p, state)
         if newly_skipped:
             refuse_nonfinite(task)
         return Turn(task, local_gradient(p, grad), done)

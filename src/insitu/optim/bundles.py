@@ -13,14 +13,14 @@ from insitu.optim.exchange import Links, Plan
 from insitu.optim.quantized import backend_for
 from insitu.optim.step import Backend, choose
 from insitu.optim.step.scratch import Scratch
-from insitu.optim.task import Task, Turn
+from insitu.optim.task import Done, Task, Turn
 
 _ELEMENTS = 1 << 26  # of tensors that go together
 _SHARE = 2  # that part of a step's scratch memory is a bundle's at most: larger ones would leave more of it empty
 
 Write = Callable[[Backend], None]
 # The first half of a step, of gradients and after so many updates; its result is the second, which writes the weights.
-Bound = Callable[[Sequence[Tensor], int, Backend], Plan[Write]]
+Bound = Callable[[Sequence[Tensor], Done, Backend], Plan[Write]]
 
 
 class Bundle(NamedTuple):
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     bundle: Bundle
     gradients: list[Tensor]
-    done: int  # updates so far, of each
+    done: Done  # updates so far, of each
 
 
 def bundled(

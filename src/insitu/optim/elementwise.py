@@ -15,13 +15,13 @@ from insitu.optim.step import Backend
 from insitu.optim.step.carried_elements import CarriedElements
 from insitu.optim.step.native import PIECE
 from insitu.optim.step.reference import is_live
-from insitu.optim.task import Task, stored_as_kernels_take_it, weights_of
+from insitu.optim.task import Done, Task, moment_precisions, precisions, stored_as_kernels_take_it, weights_of
 
 
-def arithmetic(group: dict[str, Any], done: int) -> dict[str, Any]:
-    """The numbers of a group that enter every formula, and which update this is, from 1."""
+def arithmetic(group: dict[str, Any], done: Done) -> dict[str, Any]:
+    """The numbers of a group that enter every formula, and which update this is, from 1: of each tensor on a device's clock."""
     options = {k: group[k] for k in ("lr", "eps", "weight_decay", "maximize")}
-    return {"step": done + 1, "betas": tuple(group["betas"]), **options}
+    return {"step": (done if isinstance(done, int) else done.done) + 1, "betas": tuple(group["betas"]), **options}
 
 
 def _live(G: list[Tensor], backend: Backend) -> Plan[Tensor]:
@@ -35,19 +35,19 @@ def adamw(tasks: Sequence[Task]) -> Bound:
     M, V = ([local_of(task.state[name]).view(-1) for task in tasks] for name in ("exp_avg", "exp_avg_sq"))
     weights, carried = weights_of(tasks, (-1,)), _carried(tasks, M, V)
 
-    def plan(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
-        if carried is not None and carried.takes(backend, gradients):
+    def plan(gradients: Sequence[Tensor], done: Done, backend: Backend) -> Plan[Write]:
+        if isinstance(done, int) and carried is not None and carried.takes(backend, gradients):
             return carried.plan(gradients, backend, **arithmetic(tasks[0].group, done))
         G = [gradient.reshape(-1) for gradient in gradients]
-        how = [(task.moment_precision("exp_avg", done), task.moment_precision("exp_avg_sq", done)) for task in tasks]
-        precisions = [task.precision(done) for task in tasks]
+        of_M, of_V = (moment_precisions(tasks, name, done) for name in ("exp_avg", "exp_avg_sq"))
+        how, of_W = list(zip(of_M, of_V, strict=True)), precisions(tasks, done)
 
         def steps() -> Plan[Write]:
             live = yield from _live(G, backend)
 
             def write(backend: Backend) -> None:
                 with weights(done) as W:
-                    backend.adamw(W, G, M, V, live, precisions, how, **arithmetic(tasks[0].group, done))
+                    backend.adamw(W, G, M, V, live, of_W, how, **arithmetic(tasks[0].group, done))
 
             return write
 
@@ -71,9 +71,9 @@ def sgd(tasks: Sequence[Task]) -> Bound:
     shape = (1, -1, width)
     weights = weights_of(tasks, shape)
 
-    def plan(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
+    def plan(gradients: Sequence[Tensor], done: Done, backend: Backend) -> Plan[Write]:
         G = [gradient.reshape(shape) for gradient in gradients]
-        precisions = [task.precision(done) for task in tasks]
+        how = precisions(tasks, done)
 
         def steps() -> Plan[Write]:
             live = yield from _live([g.view(-1) for g in G], backend)
@@ -82,7 +82,7 @@ def sgd(tasks: Sequence[Task]) -> Bound:
 
             def write(backend: Backend) -> None:
                 with weights(done) as W:
-                    backend.apply(W, G, eta.view(-1, 1, 1), decay, live, precisions)
+                    backend.apply(W, G, eta.view(-1, 1, 1), decay, live, how)
 
             return write
 

@@ -75,7 +75,8 @@ class Kept:
 def keepable(turn: Turn) -> bool:
     """Whether it may be kept: a whole tensor on a CPU, stored as it is, its gradient as well."""
     task, g = turn.task, turn.gradient
-    return readable(task.parameter) and g is task.parameter.grad and task.part.mesh is None and task.part.groups is None
+    by_host = turn.done is not None and readable(task.parameter)
+    return by_host and g is task.parameter.grad and task.part.mesh is None and task.part.groups is None
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

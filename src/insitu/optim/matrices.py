@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from insitu.optim.bundles import Bound, Write
+from insitu.optim.captured import HeldProjections
 from insitu.optim.elementwise import arithmetic
 from insitu.optim.exchange import Plan
 from insitu.optim.projection import Layout, Projection, ProjectionCache, narrow, singular_vectors
@@ -17,10 +18,12 @@ from insitu.optim.step import Backend
 from insitu.optim.step.carried import Carried
 from insitu.optim.step.reference import auto_alpha, plan
 from insitu.optim.step.scratch import Scratch
-from insitu.optim.task import Task, moments_of, stored_as_kernels_take_it, weights_of
+from insitu.optim.task import Done, Task, moments_of, precisions, stored_as_kernels_take_it, weights_of
 
 
-def projected(tasks: Sequence[Task], size: Layout, known: ProjectionCache, scratch: Scratch) -> Bound:
+def projected(
+    tasks: Sequence[Task], size: Layout, known: ProjectionCache, held: HeldProjections, scratch: Scratch
+) -> Bound:
     """What carries matrices that are read as ``size`` through a step; of several, all are whole.
 
     What is looked up is looked up before any kernel runs: after a pass over gradients the interpreter is cold.
@@ -31,7 +34,7 @@ def projected(tasks: Sequence[Task], size: Layout, known: ProjectionCache, scrat
     last_norms = [local_of(task.state["update_norm"]) for task in tasks]
     carried = _carried(tasks, size, parts)
 
-    def of_step(gradients: Sequence[Tensor], done: int, backend: Backend) -> Plan[Write]:
+    def of_step(gradients: Sequence[Tensor], done: Done, backend: Backend) -> Plan[Write]:
         numbers = {
             "alpha": auto_alpha(size.projected, size.rank) if group["alpha"] == "auto" else group["alpha"],
             "granularity": _granularity(group),
@@ -43,11 +46,13 @@ def projected(tasks: Sequence[Task], size: Layout, known: ProjectionCache, scrat
         }
 
         def random() -> list[Projection]:
+            if not isinstance(done, int):
+                return [held.get(task.parameter) for task in tasks]
             return [_random(known, task, size, parts, done) for task in tasks]
 
-        if carried is not None and carried.takes(backend, gradients):
+        if isinstance(done, int) and carried is not None and carried.takes(backend, gradients):
             return carried.plan(gradients, random, done // group["refresh"], **numbers)
-        vectors = _singular(tasks[0], size, done) if group["projection"] == "svd" else None
+        vectors = _singular(tasks[0], size, done) if isinstance(done, int) and group["projection"] == "svd" else None
         projections = random() if vectors is None else [narrow(vectors.narrow(0, *parts.stack), *parts.projected)]
         G = [gradient.reshape(parts.local) for gradient in gradients]
         planned = plan(
@@ -60,7 +65,7 @@ def projected(tasks: Sequence[Task], size: Layout, known: ProjectionCache, scrat
             whole=part.mesh is None,
             **numbers,
         )
-        precisions = [task.precision(done) for task in tasks]
+        how = precisions(tasks, done)
 
         def steps() -> Plan[Write]:
             eta_s, decay, live = yield from planned
@@ -70,7 +75,7 @@ def projected(tasks: Sequence[Task], size: Layout, known: ProjectionCache, scrat
 
             def write(backend: Backend) -> None:
                 with weights(done) as W:
-                    backend.apply(W, G, eta_s, decay, live, precisions)
+                    backend.apply(W, G, eta_s, decay, live, how)
 
             return write
 

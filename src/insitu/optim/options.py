@@ -98,6 +98,13 @@ def check_apollo(group: dict[str, Any]) -> None:
     _count("refresh", group["refresh"], "the number of steps between two projections, such as 200")
     if group["alpha"] != "auto":
         _number("alpha", group["alpha"], 0, "a finite number > 0, or 'auto' for sqrt(m / r)", open_=True)
+    if not isinstance(group["capturable"], bool):
+        raise ValueError(f"capturable={group['capturable']!r}: expected True or False")
+    if group["capturable"] and group["projection"] == "svd":
+        raise ValueError(
+            "projection='svd' with capturable=True: expected a random projection, which the host can renew between replays; "
+            "use projection='gaussian', or capturable=False"
+        )
     if group["limiter"] is not None:
         _number("limiter", group["limiter"], 1, "a finite number >= 1 such as 1.01, or None to turn it off")
 
@@ -110,6 +117,7 @@ _FOREIGN_TO_QUASI_NEWTON = {
     "warmup_steps": "use warmup=",
     "warmup_init_lr": "use init_lr=",
     "foreach": "there is one way, the same on every device",
+    "capturable": "a step takes its number from the host: capture forward and backward, and call step() between replays",
     "rank": "that is another method of the same name, APOLLO (Zhu et al. 2024): use insitu.APOLLO",
 }
 

@@ -23,7 +23,7 @@ from insitu.optim.sharding import Part, distributed, local_of
 from insitu.optim.step import Backend
 from insitu.optim.step.quasi_newton import State, Stored, descend, pieces, plan, warmed_up
 from insitu.optim.step.reference import Reference
-from insitu.optim.task import Task
+from insitu.optim.task import Done, Task
 from insitu.optim.tensors import readable
 
 _ENOUGH_WARMUP = 100  # "Please set warmup to at least 100 updates to achieve stable convergence": the author's notes
@@ -178,7 +178,12 @@ class ApolloQN(TensorWise):
 
     def _bind(self, tasks: Sequence[Task]) -> Bound:
         (task,) = tasks
-        return lambda gradients, done, backend: _steps(task, gradients[0], done, backend)
+
+        def plan(gradients: Sequence[Tensor], done: Done, backend: Backend) -> Plan[Write]:
+            assert isinstance(done, int)
+            return _steps(task, gradients[0], done, backend)
+
+        return plan
 
 
 class ApolloQNW(ApolloQN):

@@ -13,13 +13,13 @@ and a second bf16 tensor keeps what is missing. Together they hold 16 bits of ma
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from insitu.optim.int8 import LARGEST, Groups
-from insitu.optim.seeds import mix
+from insitu.optim.seeds import mix, mix_on_device
 
 
 def _signed(word: int) -> int:
@@ -33,6 +33,7 @@ def _scalar(word: int) -> Tensor:
 
 
 Index = int | Tensor
+Key = int | Tensor  # a hash of (seed, step); 0-dim int64 where the step is counted on the device
 WEYL, MIXER = 0x9E3779B1, 0x85EBCA6B
 _PIECE = 1 << 16  # elements rounded at a time by a thread, so that the scratch stays in the cache of its core
 _PERIOD = 1 << 33  # elements after which the 32-bit counter of words starts again
@@ -55,13 +56,22 @@ def make_scratch(device: torch.device, elements: int, bits: Tensor | None = None
     return Scratch(counters, torch.empty_like(counters), bits)
 
 
-def hash_numbers(key: int, start: int) -> tuple[int, int, int]:
+@overload
+def hash_numbers(key: int, start: int) -> tuple[int, int, int]: ...
+@overload
+def hash_numbers(key: Tensor, start: int) -> tuple[Tensor, Tensor, int]: ...
+def hash_numbers(key: Key, start: int) -> tuple[Index, Index, int]:
     """(base, factor, odd), int32, of the words of the elements from ``start`` on, up to the next multiple of 2^33.
 
     Element i takes a half, low or high as i + odd is even or odd, of the word that follows from the int32
-    w = base + WEYL * ((i + odd) >> 1) by w ^= w >> 15, w *= factor, w ^= w >> 15, w *= MIXER.
+    w = base + WEYL * ((i + odd) >> 1) by w ^= w >> 15, w *= factor, w ^= w >> 15, w *= MIXER. Of keys on a device, (...) int64,
+    base and factor are there too.
     """
     first, odd = divmod(start, 2)
+    if isinstance(key, Tensor):
+        mixed = mix_on_device(key, first >> 32)
+        words = (mixed >> 31) + _signed(first * WEYL), 2 * (mixed & 0x7FFFFFFF) + 1
+        return words[0].to(torch.int32), words[1].to(torch.int32), odd  # which wraps
     # What lies above the counter's 32 bits enters through the key.
     low, factor = divmod(mix(key, first >> 32), 1 << 31)
     return _signed(first * WEYL + low), _signed(2 * factor + 1), odd
@@ -81,7 +91,7 @@ def in_one_period(start: int, count: int) -> bool:
     return start // _PERIOD == (start + count - 1) // _PERIOD
 
 
-def _random_bits(key: int, start: int, count: int, scratch: Scratch) -> Tensor:
+def _random_bits(key: Key, start: int, count: int, scratch: Scratch) -> Tensor:
     """(count,) int32, 16 random bits each, for the elements from global index ``start`` on."""
     base, factor, odd = hash_numbers(key, start)
     num = (odd + count + 1) // 2
@@ -106,7 +116,7 @@ def _random_bits_at(key: int, index: Tensor) -> Tensor:
     return out
 
 
-def round_into(out: Tensor, source: Tensor, key: int, start: Index = 0, scratch: Scratch | None = None) -> None:
+def round_into(out: Tensor, source: Tensor, key: Key, start: Index = 0, scratch: Scratch | None = None) -> None:
     """Write ``source`` to ``out`` in bfloat16, rounded stochastically; the content of ``source`` is lost.
 
     Args:
@@ -119,6 +129,7 @@ def round_into(out: Tensor, source: Tensor, key: int, start: Index = 0, scratch:
     """
     target, bits = out.view(-1), source.view(-1).view(torch.int32)
     if isinstance(start, Tensor):
+        assert isinstance(key, int)
         bits.add_(_random_bits_at(key, start)).bitwise_and_(_UPPER)
         target.copy_(source.view(-1))
         return
@@ -134,13 +145,14 @@ def round_into(out: Tensor, source: Tensor, key: int, start: Index = 0, scratch:
         done += count
 
 
-def round_to_integers(values: Tensor, key: int, start: Index = 0, scratch: Scratch | None = None) -> None:
+def round_to_integers(values: Tensor, key: Key, start: Index = 0, scratch: Scratch | None = None) -> None:
     """Round ``values`` (contiguous float32, magnitudes up to 127) down or up to integers, in place; the mean is kept to 2^-17.
 
     Args as of :func:`round_into`; an element's random bits are the same as there.
     """
     flat = values.view(-1)
     if isinstance(start, Tensor):
+        assert isinstance(key, int)
         flat.add_(_uniform(_random_bits_at(key, start))).floor_()
         return
     scratch = scratch or make_scratch(values.device, max(2, min(_PIECE * torch.get_num_threads(), values.numel())))
@@ -168,7 +180,7 @@ class Precision(NamedTuple):
     stored is int8.
     """
 
-    key: int | None = None
+    key: Key | None = None
     start: Index = 0
     residual: Tensor | None = None
     groups: Groups | None = None

@@ -6,8 +6,11 @@ agree without talking to each other.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def mix(*values: int) -> int:
@@ -22,7 +25,30 @@ def mix(*values: int) -> int:
     state = 0
     for value in values:
         state = (state + (value & _MASK) + _GOLDEN) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state = ((state ^ (state >> 30)) * _FACTORS[0]) & _MASK
+        state = ((state ^ (state >> 27)) * _FACTORS[1]) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def mix_on_device(first: Tensor, *others: Tensor | int) -> Tensor:
+    """As :func:`mix`, element by element, of int64 tensors that broadcast: computed where they lie, and by torch.
+
+    int64 products and sums wrap as those of uint64 do; only a shift to the right must be told where the sign is.
+    """
+    state = first.new_zeros(())
+    for value in (first, *others):
+        state = state + (value if isinstance(value, Tensor) else _signed(value)) + _signed(_GOLDEN)
+        state = (state ^ _shifted(state, 30)) * _signed(_FACTORS[0])
+        state = (state ^ _shifted(state, 27)) * _signed(_FACTORS[1])
+        state = state ^ _shifted(state, 31)
+    return _shifted(state, 1)
+
+
+def _shifted(word: Tensor, by: int) -> Tensor:
+    return (word >> by) & (_MASK >> by)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the low 64 bits of ``word``."""
+    return (word + (1 << 63)) % (1 << 64) - (1 << 63)

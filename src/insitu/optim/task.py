@@ -10,13 +10,26 @@ import torch
 from torch import Tensor
 
 from insitu.optim.rounding import Precision
-from insitu.optim.seeds import mix
+from insitu.optim.seeds import mix, mix_on_device
 from insitu.optim.sharding import Part, local_of, part_of
 
+
+class Clock(NamedTuple):
+    """The updates so far of T tensors whose step may be captured: known on their device only. Both (T,) int64."""
+
+    done: Tensor
+    seeds: Tensor
+
+    def keys(self, *salts: int) -> Iterator[Tensor]:
+        """The hash of seed, updates and ``salts`` of each tensor, 0-dim int64: what :func:`mix` of them is."""
+        return iter(mix_on_device(self.seeds, self.done, *salts).unbind())
+
+
 Held = TypeVar("Held")
+Done = int | Clock  # updates so far of the tensors of a bundle
 # After so many updates. Copies, where they are needed, are made when it is asked for, and of a bundle at a time; everything
 # else before.
-Access = Callable[[int], AbstractContextManager[Held]]
+Access = Callable[[Done], AbstractContextManager[Held]]
 
 
 class Place(NamedTuple):
@@ -44,8 +57,7 @@ class Task(NamedTuple):
         """
         if self.state[name].dtype != torch.bfloat16:
             return Precision()
-        salt = 1 + sum(name.encode())
-        return Precision(mix(self.state["seed"], done, salt), part_of(self.state[name], name).start)
+        return Precision(mix(self.state["seed"], done, _salt(name)), part_of(self.state[name], name).start)
 
     def precision(self, done: int) -> Precision:
         """How the parameter is stored after ``done`` updates."""
@@ -65,7 +77,32 @@ class Turn(NamedTuple):
 
     task: Task
     gradient: Tensor  # of the part
-    done: int  # updates so far
+    done: int | None  # updates so far; None where only the device counts them
+
+
+def precisions(tasks: Sequence[Task], done: Done) -> list[Precision]:
+    """How the parameters are stored after ``done`` updates."""
+    if isinstance(done, int):
+        return [task.precision(done) for task in tasks]
+    return _keyed([task.precision(0) for task in tasks], done)
+
+
+def moment_precisions(tasks: Sequence[Task], name: str, done: Done) -> list[Precision]:
+    """How a moment of each is stored."""
+    if isinstance(done, int):
+        return [task.moment_precision(name, done) for task in tasks]
+    return _keyed([task.moment_precision(name, 0) for task in tasks], done, _salt(name))
+
+
+def _keyed(those_of_step_0: list[Precision], clock: Clock, *salts: int) -> list[Precision]:
+    if all(how.key is None for how in those_of_step_0):
+        return those_of_step_0
+    keys = clock.keys(*salts)
+    return [how if how.key is None else how._replace(key=key) for how, key in zip(those_of_step_0, keys, strict=True)]
+
+
+def _salt(name: str) -> int:
+    return 1 + sum(name.encode())
 
 
 def weights_of(tasks: Sequence[Task], shape: Sequence[int]) -> Access[list[Tensor]]:
@@ -76,7 +113,7 @@ def weights_of(tasks: Sequence[Task], shape: Sequence[int]) -> Access[list[Tenso
         return lambda _: nullcontext(views)
 
     @contextmanager
-    def access(_: int) -> Iterator[list[Tensor]]:
+    def access(_: Done) -> Iterator[list[Tensor]]:
         W = [weight.contiguous() for weight in weights]
         yield [w.view(shape) for w in W]
         for weight, w in zip(weights, W, strict=True):
@@ -96,12 +133,12 @@ def moments_of(tasks: Sequence[Task], num: int) -> Access[tuple[list[Tensor], li
         return lambda _: nullcontext((M, V))
 
     @contextmanager
-    def access(done: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def access(done: Done) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         M, V = ([x.float().view(shape) for x in each] for each in stored)
         yield M, V
         for name, each, computed in zip(names, stored, (M, V), strict=True):
-            for task, x, value in zip(tasks, each, computed, strict=True):
-                task.moment_precision(name, done).write(x, value.view(x.shape))
+            for how, x, value in zip(moment_precisions(tasks, name, done), each, computed, strict=True):
+                how.write(x, value.view(x.shape))
 
     return access
 

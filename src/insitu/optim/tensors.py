@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from insitu.optim.projection import matrix_shape
-
 
 def name_of(group: dict[str, Any], index: int, position: int) -> str:
     """For messages only: nothing else may depend on names, which wrappers change."""
@@ -21,14 +19,27 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def capturing() -> bool:
+    """Whether what is done now becomes part of a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture() -> None:
     """RuntimeError while a CUDA graph is captured: a replay would repeat the step's number, projection and random bits."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         raise RuntimeError(
             "an optimizer step inside a CUDA graph capture: expected it outside, since its number, its projection and the "
             "random bits of its rounding come from the host, and a replay would repeat them; capture forward and backward, and "
-            "call step() between replays"
+            "call step() between replays, or make the optimizer (APOLLO, APOLLOMini) with capturable=True"
         )
+
+
+def refuse_unprepared(name: str) -> None:
+    """RuntimeError for a tensor that has no state in a capture: each replay would start it afresh."""
+    raise RuntimeError(
+        f"{name} has no state yet, or none of these options, and a CUDA graph is captured: expected a step outside before, "
+        "which makes the state; call step() once as usual, then capture"
+    )
 
 
 def refuse_unsuitable(tensor: Tensor, name: str) -> None:
@@ -71,34 +82,3 @@ def refuse_changed(p: Tensor, name: str, shape: torch.Size, dtype: torch.dtype) 
             "bits lost in between are lost; convert the model before its first step, or, where this is meant, take the state "
             "over (it does not depend on the type) with optimizer.load_state_dict(optimizer.state_dict())"
         )
-
-
-def refuse_other_state(p: Tensor, group: dict[str, Any], name: str, state: dict[str, Any]) -> None:
-    """ValueError for a loaded ``state`` that is another optimizer's, or of a tensor of another shape than ``p``.
-
-    At any rank and in any role: those are options, and may have changed after the last step.
-    """
-    if not {"seed", "skipped", "numel"} <= state.keys():
-        raise ValueError(
-            f"the loaded state of {name} has the entries {', '.join(map(str, sorted(state)))}: expected the state of an "
-            "optimizer of this package (step, skipped, seed, numel, ...); load it into the one that made it, or start afresh"
-        )
-    moments = state.get("exp_avg")
-    found = p.shape if moments is None else moments.shape
-    if state["numel"] != p.numel() or not (found == p.shape or _sketches(found, p.shape, bool(group.get("conv")))):
-        raise ValueError(
-            f"the loaded state of {name} is of a tensor of {state['numel']} elements with moments {tuple(found)}, but {name} "
-            f"has the shape {tuple(p.shape)}: expected the state of the same tensor; give the optimizer the parameters in the "
-            "order of the run that saved it, or leave this state out"
-        )
-
-
-def _sketches(moments: torch.Size, shape: torch.Size, conv: bool) -> bool:
-    """Whether ``moments`` are those of a projected tensor of ``shape`` at some rank."""
-    if len(shape) < 2:
-        return False
-    stack, rows, cols = matrix_shape(shape, conv=conv)
-    if len(moments) != (2 if stack is None else 3) or (stack is not None and moments[0] != stack):
-        return False
-    rank, channels = (moments[-1], moments[-2]) if rows >= cols else (moments[-2], moments[-1])
-    return channels == max(rows, cols) and rank <= min(rows, cols)

@@ -21,6 +21,8 @@ from insitu.optim.rounding import Precision
 from insitu.optim.step.scratch import Scratch
 
 _log = logging.getLogger(__name__)
+# Which update this is, from 1. Where a step may be captured only the device knows: then (T,) int64, of each tensor of a call.
+Updates = int | Tensor
 
 
 class Backend(Protocol):
@@ -46,7 +48,7 @@ class Backend(Protocol):
         live: Tensor,
         side: int,
         *,
-        step: int,
+        step: Updates,
         betas: tuple[float, float],
         eps: float,
     ) -> Tensor:
@@ -97,7 +99,7 @@ class Backend(Protocol):
         precisions: Sequence[Precision],
         moments: Sequence[tuple[Precision, Precision]],
         *,
-        step: int,
+        step: Updates,
         lr: float | Tensor,
         betas: tuple[float, float],
         eps: float,
@@ -122,7 +124,7 @@ def choose(name: str, device: torch.device, scratch: Scratch | None = None) -> B
     if picked == "triton":
         from insitu.optim.step.triton import Triton
 
-        return Triton()
+        return Triton(scratch)
     if picked == "compiled":
         from insitu.optim.step.compiled import Compiled
 

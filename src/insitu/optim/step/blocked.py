@@ -17,7 +17,7 @@ from torch import Tensor
 from insitu.optim.projection import Projection, Sketch, placed
 from insitu.optim.rounding import Precision, make_scratch
 from insitu.optim.rounding import Scratch as Rounding
-from insitu.optim.step import reference, torch_fused
+from insitu.optim.step import Updates, reference, torch_fused
 from insitu.optim.step.scratch import Scratch
 
 _ELEMENTS = 1 << 16  # per block and thread: 256 kB of float32; with W, G and the random bits of a block, 1 MB
@@ -125,7 +125,7 @@ class Blocked:
         live: Tensor,
         side: int,
         *,
-        step: int,
+        step: Updates,
         betas: tuple[float, float],
         eps: float,
     ) -> Tensor:
@@ -133,6 +133,7 @@ class Blocked:
         out = torch.zeros(len(R), R.shape[-3 - side], device=self._device)
         if R.numel() == 0:  # a part of a sharded tensor may be empty
             return out
+        assert isinstance(step, int)
         numbers: dict[str, Any] = {"step": step, "betas": betas, "eps": eps}
         lively, elements = live.tolist(), _ELEMENTS * self._threads
         if len(M[0]) == 1 and all(lively) and R[0].numel() <= elements:  # several tensors in one call

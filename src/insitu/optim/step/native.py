@@ -22,7 +22,7 @@ from torch import Tensor
 
 from insitu.optim.projection import Projection, Sketch
 from insitu.optim.rounding import Precision, hash_numbers, in_one_period
-from insitu.optim.step import kernels
+from insitu.optim.step import Updates, kernels
 from insitu.optim.step.blocked import Blocked
 from insitu.optim.step.scratch import Scratch
 
@@ -121,7 +121,7 @@ class Native(Blocked):
         live: Tensor,
         side: int,
         *,
-        step: int,
+        step: Updates,
         betas: tuple[float, float],
         eps: float,
     ) -> Tensor:
@@ -130,6 +130,7 @@ class Native(Blocked):
             return super().direct(R, M, V, live, side, step=step, betas=betas, eps=eps)
         R, out = R.contiguous(), torch.empty(len(R), R.shape[-3 - side], device=self._device)
         each_live = live.repeat_interleave(len(M[0]))
+        assert isinstance(step, int)
         numbers = (ctypes.c_float * 7)(*adam_numbers(step, betas, eps))
         self._call("direct", *R.shape, int(side == -1), R, _matrices(M), _matrices(V), each_live, numbers, out)
         return out
@@ -292,7 +293,7 @@ def _hashes(precisions: Sequence[Precision]) -> ctypes.Array[ctypes.c_int64] | N
         return None
     numbers: list[int] = []
     for precision in precisions:
-        assert precision.key is not None
+        assert isinstance(precision.key, int)
         assert isinstance(precision.start, int)
         numbers += hash_numbers(precision.key, precision.start)
     return (ctypes.c_int64 * len(numbers))(*numbers)

@@ -38,7 +38,7 @@ from torch import Tensor
 from insitu.optim.exchange import Gather, Plan, Scatter, Sum
 from insitu.optim.projection import Projection, placed, project
 from insitu.optim.rounding import Precision
-from insitu.optim.step import Backend
+from insitu.optim.step import Backend, Updates
 from insitu.optim.step.scratch import Scratch
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -56,13 +56,14 @@ def is_live(G_sq: Tensor) -> Tensor:
 
 
 def adam_direction(
-    R: Tensor, M: Tensor, V: Tensor, live: Tensor, *, step: int, betas: tuple[float, float], eps: float
+    R: Tensor, M: Tensor, V: Tensor, live: Tensor, *, step: Updates, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """Update the moments in place and return R~ = M^ / (sqrt(V^) + eps); ``step`` counts from 1.
 
     ``live`` broadcasts over R.
     """
     beta1, beta2 = betas
+    step = step.double() if isinstance(step, Tensor) else step
     R = torch.where(live > 0, R, 0.0)  # a NaN would survive the product with 0
     M.lerp_(R, (1 - beta1) * live)
     V.lerp_(R.square(), (1 - beta2) * live)
@@ -109,7 +110,7 @@ def plan(
     rank: int,
     channel_dim: int,
     whole: bool,
-    step: int,
+    step: Updates,
     lr: float | Tensor,
     alpha: float,
     betas: tuple[float, float],
@@ -221,7 +222,7 @@ def adamw_descend(
     V: Tensor,
     live: Tensor,
     *,
-    step: int,
+    step: Updates,
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
@@ -256,14 +257,14 @@ class Reference:
         live: Tensor,
         side: int,
         *,
-        step: int,
+        step: Updates,
         betas: tuple[float, float],
         eps: float,
     ) -> Tensor:
         return torch.cat(
             [
-                adam_direction(*each, step=step, betas=betas, eps=eps).square().sum(side)
-                for each in zip(R.chunk(len(M)), M, V, live, strict=True)
+                adam_direction(*each, step=t, betas=betas, eps=eps).square().sum(side)
+                for *each, t in zip(R.chunk(len(M)), M, V, live, _each(step, len(M)), strict=True)
             ]
         )
 
@@ -294,15 +295,21 @@ class Reference:
         live: Tensor,
         precisions: Sequence[Precision],
         moments: Sequence[tuple[Precision, Precision]],
+        *,
+        step: Updates,
         **numbers: Any,
     ) -> None:
-        for i, (w, g, m, v) in enumerate(zip(W, G, M, V, strict=True)):
+        for i, (w, g, m, v, t) in enumerate(zip(W, G, M, V, _each(step, len(W)), strict=True)):
             m32, v32 = m.float(), v.float()  # m and v themselves if they are float32
-            work = adamw_descend(precisions[i].read(work_copy(w)), g, m32, v32, live[i], **numbers)
+            work = adamw_descend(precisions[i].read(work_copy(w)), g, m32, v32, live[i], step=t, **numbers)
             precisions[i].write(w, work)
             for stored, computed, precise in zip((m, v), (m32, v32), moments[i], strict=True):
                 if stored is not computed:
                     precise.write(stored, computed)
+
+
+def _each(step: Updates, num: int) -> Sequence[Updates]:
+    return step.unbind() if isinstance(step, Tensor) else [step] * num
 
 
 def work_copy(W: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """The passes for CUDA, by the kernels of :mod:`insitu.optim.step.triton_kernels`, with the rounding in the pass that writes.
 
 The tensors of a call are one launch, by a table of their addresses; of several types, or ways to store them, a launch for each.
-Nothing here waits for the device. A step is not to be captured as a CUDA graph, and refuses it: addresses, the update's number
-and the keys of the rounding are the host's, and a replay would repeat them.
+Nothing here waits for the device. What differs from step to step stands in the tables: in a step that may be captured as part
+of a CUDA graph the device itself writes it there, from its own count of the updates.
 
 On a CPU it runs, slowly, in Triton's interpreter: that is how it is tested.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Hashable, ItemsView, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from insitu.optim.projection import Projection, Sketch
 from insitu.optim.rounding import Precision, hash_numbers, in_one_period
-from insitu.optim.step import reference
+from insitu.optim.step import Updates, reference
 from insitu.optim.step import triton_kernels as kernels
+from insitu.optim.step.scratch import Scratch
 
 Key = TypeVar("Key", bound=Hashable)
+Column = Sequence[int] | Tensor  # a number for each tensor of a launch, from the host or on the device
 _CHANNELS, _SIDE, _RANK, _FLAT = 32, 64, 64, 1024  # sizes of a program's tile
 _STORED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _READ = {**_STORED, torch.float64: tl.float64}  # gradients
@@ -31,7 +34,8 @@ _READ = {**_STORED, torch.float64: tl.float64}  # gradients
 class Triton:
     """The backend for CUDA."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
         self._plain = reference.Reference()
         self.factors, self.limited = self._plain.factors, self._plain.limited
 
@@ -50,7 +54,7 @@ class Triton:
         G, P = [g.contiguous() for g in G], list(map(_laid_out, projections))
         kinds = [p.ndim if isinstance(p, Tensor) else (len(p.order) // rank,) for p in projections]
         for (dtype, kind), mine in _alike(zip((g.dtype for g in G), kinds, strict=True)):
-            table, aligned = _table((t, (G[t], *P[t]), ()) for t in mine)
+            table, aligned = self._table(mine, (G, [p for p, _ in P], [p for _, p in P]))
             programs, types = len(mine) * b * triton.cdiv(n, _CHANNELS), {"TYPE": _READ[dtype], "ALIGNED": aligned}
             if isinstance(kind, tuple):
                 kernels.measure_sketch[(programs,)](
@@ -78,7 +82,7 @@ class Triton:
         live: Tensor,
         side: int,
         *,
-        step: int,
+        step: Updates,
         betas: tuple[float, float],
         eps: float,
     ) -> Tensor:
@@ -94,11 +98,11 @@ class Triton:
             if not take:
                 for t in mine:
                     these = R[t * b : (t + 1) * b], [M[t]], [V[t]], live[t : t + 1]
-                    out[t * b : (t + 1) * b] = self._plain.direct(*these, side, step=step, betas=betas, eps=eps)
+                    out[t * b : (t + 1) * b] = self._plain.direct(*these, side, step=_of(step, t), betas=betas, eps=eps)
                 continue
-            table, aligned = _table((t, (M[t], V[t]), ()) for t in mine)
+            table, aligned = self._table(mine, (M, V), _corrections(step, betas, mine))
             kernels.direct[(len(mine) * b * triton.cdiv(n, _CHANNELS),)](
-                table, R, live.contiguous(), out, b, n, rank, r_n, r_r, *_corrections(step, betas), eps,
+                table, R, live.contiguous(), out, b, n, rank, r_n, r_r, *_weights(betas), eps,
                 ALIGNED=aligned, BN=_CHANNELS, BR=_RANK,
             )  # fmt: skip
         return out
@@ -133,7 +137,8 @@ class Triton:
                     self._plain.apply([W[t]], [G[t]], eta_s[these], its_decay, live[t : t + 1], [precisions[t]])
                 continue
             type_g, (how, type_w, type_residual) = kind
-            table, aligned = _table((t, (W[t], G[t], stored[t].residual), stored[t].numbers) for t in mine)
+            residuals = [each.residual for each in stored]
+            table, aligned = self._table(mine, (W, G, residuals), _random(stored[t] for t in mine))
             kernels.apply[(len(mine) * b * triton.cdiv(rows * cols, _FLAT),)](
                 table, *factors, b, rows * cols, cols, *etas, TYPE_W=type_w, TYPE_G=type_g, TYPE_RESIDUAL=type_residual,
                 ALIGNED=aligned, DECAY=decay is not None, HOW=how, BLOCK=_FLAT,
@@ -149,7 +154,7 @@ class Triton:
         precisions: Sequence[Precision],
         moments: Sequence[tuple[Precision, Precision]],
         *,
-        step: int,
+        step: Updates,
         lr: float | Tensor,
         betas: tuple[float, float],
         eps: float,
@@ -167,20 +172,38 @@ class Triton:
             if kind is None:
                 for t in mine:
                     self._plain.adamw(
-                        [W[t]], [G[t]], [M[t]], [V[t]], live[t : t + 1], [precisions[t]], [moments[t]], step=step, lr=lr,
-                        betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
+                        [W[t]], [G[t]], [M[t]], [V[t]], live[t : t + 1], [precisions[t]], [moments[t]],
+                        step=_of(step, t), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
                     )  # fmt: skip
                 continue
             type_g, (how, type_w, type_residual), (how_m, type_m, _), (how_v, type_v, _) = kind
-            table, aligned = _table(
-                (t, (W[t], G[t], M[t], V[t], stored[t][0].residual), [x for each in stored[t] for x in each.numbers])
-                for t in mine
-            )
+            bits = [column for i in range(3) for column in _random(stored[t][i] for t in mine)]
+            residuals = [of_w.residual for of_w, _, _ in stored]
+            table, aligned = self._table(mine, (W, G, M, V, residuals), [*_corrections(step, betas, mine), *bits])
             kernels.adamw[(len(mine) * triton.cdiv(size, _FLAT),)](
-                table, live.contiguous(), rate, size, *_corrections(step, betas), eps, weight_decay,
+                table, live.contiguous(), rate, size, *_weights(betas), eps, weight_decay,
                 TYPE_W=type_w, TYPE_G=type_g, TYPE_M=type_m, TYPE_V=type_v, TYPE_RESIDUAL=type_residual, ALIGNED=aligned,
                 DECAY=bool(weight_decay), HOW=how, HOW_M=how_m, HOW_V=how_v, SIGN=-1 if maximize else 1, BLOCK=_FLAT,
             )  # fmt: skip
+
+    def _table(
+        self, mine: Sequence[int], own: Sequence[Sequence[Tensor]], numbers: Sequence[Column] = ()
+    ) -> tuple[Tensor, bool]:
+        """The table of a launch, on the device: for each tensor its place t in the call, addresses of ``own[...][t]``, numbers.
+
+        Also whether all addresses are multiples of 16.
+        """
+        rows, every = [], 0
+        for i, t in enumerate(mine):
+            addresses = [of_all[t].data_ptr() for of_all in own]
+            for address in addresses:
+                every |= address
+            rows.append((t, *addresses, *(0 if isinstance(column, Tensor) else column[i] for column in numbers)))
+        table = self._scratch.upload(rows, own[0][mine[0]].device)
+        for j, column in enumerate(numbers, 1 + len(own)):
+            if isinstance(column, Tensor):
+                table[:, j] = column
+        return table, every % 16 == 0
 
 
 class _Stored(NamedTuple):
@@ -188,7 +211,8 @@ class _Stored(NamedTuple):
 
     kind: tuple[int, Any, Any] | None  # how, and the types of the tensor and of its residual; None: they cannot
     residual: Tensor  # any tensor if there is none
-    numbers: tuple[int, int, int]  # of its random bits
+    numbers: tuple[int, int, int] = (0, 0, 0)  # of its random bits
+    key: Tensor | None = None  # or from what the device is to compute them
 
 
 def _stored(x: Tensor, precision: Precision) -> _Stored:
@@ -197,14 +221,16 @@ def _stored(x: Tensor, precision: Precision) -> _Stored:
     rest = x if residual is None else residual
     possible = x.dtype in _STORED and rest.dtype in _STORED and x.is_contiguous() and rest.is_contiguous()
     if groups is not None or not possible:
-        return _Stored(None, rest, (0, 0, 0))
+        return _Stored(None, rest)
     types = _STORED[x.dtype], _STORED[rest.dtype]
     if residual is not None:
-        return _Stored((kernels.COMPENSATED.value, *types), rest, (0, 0, 0))
+        return _Stored((kernels.COMPENSATED.value, *types), rest)
     if key is None:
-        return _Stored((kernels.PLAIN.value, *types), rest, (0, 0, 0))
+        return _Stored((kernels.PLAIN.value, *types), rest)
     if not isinstance(start, int) or x.numel() >= 2**31 or not in_one_period(start, x.numel()):
-        return _Stored(None, rest, (0, 0, 0))
+        return _Stored(None, rest)
+    if isinstance(key, Tensor):
+        return _Stored((kernels.STOCHASTIC.value, *types), rest, key=key) if start == 0 else _Stored(None, rest)
     return _Stored((kernels.STOCHASTIC.value, *types), rest, hash_numbers(key, start))
 
 
@@ -222,22 +248,6 @@ def _alike(kinds: Iterable[Key]) -> ItemsView[Key, list[int]]:
     return alike.items()
 
 
-def _table(tensors: Iterable[tuple[int, Sequence[Tensor], Sequence[int]]]) -> tuple[Tensor, bool]:
-    """The table of a launch, on the device: for each tensor its place in the call, addresses of what is its own, numbers.
-
-    Also whether all addresses are multiples of 16. From pinned memory the copy waits for nothing.
-    """
-    rows, every, device = [], 0, torch.device("cpu")
-    for t, own, numbers in tensors:
-        addresses = [x.data_ptr() for x in own]
-        for address in addresses:
-            every |= address
-        rows.append((t, *addresses, *numbers))
-        device = own[0].device
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), every % 16 == 0
-
-
 def _laid_out(projection: Projection) -> tuple[Tensor, Tensor]:
     """What a kernel reads of it; a dense one is one tensor, twice."""
     if isinstance(projection, Sketch):
@@ -246,5 +256,27 @@ def _laid_out(projection: Projection) -> tuple[Tensor, Tensor]:
     return P, P
 
 
-def _corrections(step: int, betas: tuple[float, float]) -> tuple[float, ...]:
-    return 1 - betas[0], 1 - betas[1], 1 - betas[0] ** step, 1 - betas[1] ** step
+def _of(step: Updates, t: int) -> Updates:
+    return step[t : t + 1] if isinstance(step, Tensor) else step
+
+
+def _weights(betas: tuple[float, float]) -> tuple[float, float]:
+    return 1 - betas[0], 1 - betas[1]
+
+
+def _corrections(step: Updates, betas: tuple[float, float], mine: Sequence[int]) -> list[Column]:
+    """1 - beta^t for both betas, the bits of float32."""
+    if isinstance(step, Tensor):
+        updates = torch.stack([step[t] for t in mine]).double()
+        return [(1 - beta**updates).float().view(torch.int32) for beta in betas]
+    return [struct.unpack("i", struct.pack("f", 1 - beta**step)) * len(mine) for beta in betas]
+
+
+def _random(stored: Iterable[_Stored]) -> list[Column]:
+    """The numbers of the random bits of each tensor."""
+    stored = list(stored)
+    keys = [each.key for each in stored if each.key is not None]
+    if keys:
+        base, factor, odd = hash_numbers(torch.stack(keys), 0)
+        return [base, factor, [odd] * len(keys)]
+    return list(zip(*(each.numbers for each in stored), strict=True))

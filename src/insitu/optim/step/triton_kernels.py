@@ -20,7 +20,7 @@ from insitu.optim.rounding import MIXER, WEYL
 _WEYL, _MIXER = (tl.constexpr((word + 2**31) % 2**32 - 2**31) for word in (WEYL, MIXER))
 PLAIN, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))  # how a number is stored
 # What a row of a table holds: t, addresses and numbers, as the kernels below read them.
-MEASURE, DIRECT, APPLY, ADAMW = (tl.constexpr(i) for i in (4, 3, 7, 15))
+MEASURE, DIRECT, APPLY, ADAMW = (tl.constexpr(i) for i in (4, 5, 7, 17))
 
 
 @triton.jit
@@ -39,6 +39,12 @@ def _pointer(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:  # only then are 16 bytes loaded at once; said of the address, before the cast, it would be lost
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def _float(entry):
+    """A float32 whose bits are in the table."""
+    return tl.load(entry).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -124,14 +130,14 @@ def _moments(r, m, v, live, weight1, weight2, correction1, correction2, eps):
 
 @triton.jit
 def direct(
-    table, R, live, out, stack_size, n, rank, r_n, r_r, weight1, weight2, correction1, correction2, eps,
+    table, R, live, out, stack_size, n, rank, r_n, r_r, weight1, weight2, eps,
     ALIGNED: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Adam's moments in place, and |R~_j|^2."""
     row, stack, matrix, block = _place(table, DIRECT, stack_size, tl.cdiv(n, BN))
     M, V = _pointer(row + 1, tl.float32, ALIGNED), _pointer(row + 2, tl.float32, ALIGNED)
     M, V, R = M + stack * n * rank, V + stack * n * rank, R + matrix * n * rank
-    alive = tl.load(live + tl.load(row))
+    alive, correction1, correction2 = tl.load(live + tl.load(row)), _float(row + 3), _float(row + 4)
     j = block * BN + tl.arange(0, BN)
     square = tl.zeros([BN], tl.float32)
     for first in range(0, rank, BR):
@@ -196,7 +202,7 @@ def apply(
 
 @triton.jit
 def adamw(
-    table, live, lr, size, weight1, weight2, correction1, correction2, eps, decay,
+    table, live, lr, size, weight1, weight2, eps, decay,
     TYPE_W: tl.constexpr, TYPE_G: tl.constexpr, TYPE_M: tl.constexpr, TYPE_V: tl.constexpr, TYPE_RESIDUAL: tl.constexpr,
     ALIGNED: tl.constexpr, DECAY: tl.constexpr, HOW: tl.constexpr, HOW_M: tl.constexpr, HOW_V: tl.constexpr,
     SIGN: tl.constexpr, BLOCK: tl.constexpr,
@@ -208,7 +214,7 @@ def adamw(
     residual = _pointer(row + 5, TYPE_RESIDUAL, ALIGNED)
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    alive, rate = tl.load(live + t), tl.load(lr)
+    alive, rate, correction1, correction2 = tl.load(live + t), tl.load(lr), _float(row + 6), _float(row + 7)
     w = tl.load(W + at, mask, 0.0).to(tl.float32)
     if HOW == COMPENSATED:
         w += tl.load(residual + at, mask, 0.0).to(tl.float32)
@@ -217,6 +223,6 @@ def adamw(
     m, v, direction = _moments(g, m, v, alive, weight1, weight2, correction1, correction2, eps)
     if DECAY:
         w *= 1 - alive * (rate * decay)
-    _store(W, residual, at, w - direction * (alive * rate * SIGN), mask, row + 6, HOW)
-    _store(M, M, at, m, mask, row + 9, HOW_M)
-    _store(V, V, at, v, mask, row + 12, HOW_V)
+    _store(W, residual, at, w - direction * (alive * rate * SIGN), mask, row + 8, HOW)
+    _store(M, M, at, m, mask, row + 11, HOW_M)
+    _store(V, V, at, v, mask, row + 14, HOW_V)
