@@ -11,6 +11,7 @@ from torch import nn
 from insitu import APOLLO
 from insitu.optim import step as steps
 from insitu.optim.projection import Sketch, layout, make
+from insitu.optim.step.scratch import Scratch
 
 pytestmark = MARKS
 
@@ -200,13 +201,17 @@ def test_gradients_and_projections_of_several_kinds_in_one_call(backend: str, ch
 @pytest.mark.skipif(not INTERPRETED, reason="of what its kernels are told")
 def test_addresses_are_said_to_be_multiples_of_16_bytes_only_where_all_are() -> None:
     # The interpreter does not care; on a device a load of 16 bytes elsewhere is an error.
-    from insitu.optim.step.triton import _table
+    from insitu.optim.step.triton_tables import table_of
 
-    x = torch.zeros(16)
-    table, aligned = _table([(3, (x, x[4:]), (-5,)), (1, (x, x), (2,))])
+    x, scratch = torch.zeros(16), Scratch()
+    own = ([x, x, x, x[1:]], [x, x, x, x[4:]])
+    table, aligned = table_of(scratch, [3, 1], own, [[-5, 2]])
+    assert not aligned
+    assert table.tolist() == [[3, x.data_ptr() + 4, x.data_ptr() + 16, -5], [1, x.data_ptr(), x.data_ptr(), 2]]
+    table, aligned = table_of(scratch, [0, 2], (own[0], own[1]), [torch.tensor([7, -8], dtype=torch.int32)])
     assert aligned
-    assert table.tolist() == [[3, x.data_ptr(), x.data_ptr() + 16, -5], [1, x.data_ptr(), x.data_ptr(), 2]]
-    assert not _table([(0, (x, x[1:]), ()), (1, (x, x), ())])[1]
+    assert table[:, 3].tolist() == [7, -8]
+    assert table_of(scratch, [0], ([x[8:]], [x]))[1]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="of Triton's launches, in its interpreter")

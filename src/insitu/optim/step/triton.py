@@ -9,26 +9,37 @@ On a CPU it runs, slowly, in Triton's interpreter: that is how it is tested.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Hashable, ItemsView, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+import functools
+from collections.abc import Callable, Hashable, ItemsView, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from insitu.optim.projection import Projection, Sketch
-from insitu.optim.rounding import Precision, hash_numbers, in_one_period
+from insitu.optim.rounding import Precision
 from insitu.optim.step import Updates, reference
 from insitu.optim.step import triton_kernels as kernels
 from insitu.optim.step.scratch import Scratch
+from insitu.optim.step.triton_tables import READ, corrections, kind_of, random_numbers, stored_as, table_of
 
 Key = TypeVar("Key", bound=Hashable)
-Column = Sequence[int] | Tensor  # a number for each tensor of a launch, from the host or on the device
+Method = TypeVar("Method", bound=Callable[..., Any])
 _CHANNELS, _SIDE, _RANK, _FLAT = 32, 64, 64, 1024  # sizes of a program's tile
-_STORED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_READ = {**_STORED, torch.float64: tl.float64}  # gradients
+
+
+def _where_they_are(method: Method) -> Method:
+    """Launch on the device of the tensors, whichever is the current one; the first argument is some of them."""
+
+    @functools.wraps(method)
+    def on_device(self: Triton, some: Any, *others: Any, **options: Any) -> Any:
+        device = some.device if isinstance(some, Tensor) else some[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return method(self, some, *others, **options)
+
+    return cast(Method, on_device)
 
 
 class Triton:
@@ -39,6 +50,7 @@ class Triton:
         self._plain = reference.Reference()
         self.factors, self.limited = self._plain.factors, self._plain.limited
 
+    @_where_they_are
     def measure(self, G: Sequence[Tensor], projections: Sequence[Projection], channel_dim: int, R: Tensor) -> Tensor:
         """As the reference, in one pass over G (one for each 64 ranks of a dense P)."""
         b, rows, cols = G[0].shape
@@ -54,8 +66,8 @@ class Triton:
         G, P = [g.contiguous() for g in G], list(map(_laid_out, projections))
         kinds = [p.ndim if isinstance(p, Tensor) else (len(p.order) // rank,) for p in projections]
         for (dtype, kind), mine in _alike(zip((g.dtype for g in G), kinds, strict=True)):
-            table, aligned = self._table(mine, (G, [p for p, _ in P], [p for _, p in P]))
-            programs, types = len(mine) * b * triton.cdiv(n, _CHANNELS), {"TYPE": _READ[dtype], "ALIGNED": aligned}
+            table, aligned = table_of(self._scratch, mine, (G, [p for p, _ in P], [p for _, p in P]))
+            programs, types = len(mine) * b * triton.cdiv(n, _CHANNELS), {"TYPE": READ[dtype], "ALIGNED": aligned}
             if isinstance(kind, tuple):
                 kernels.measure_sketch[(programs,)](
                     table, R, G_sq, b, n, rank, *kind, *strides, r_n, r_r, **types, BN=_CHANNELS, BR=_RANK
@@ -74,6 +86,7 @@ class Triton:
         norms: Tensor = torch.linalg.vector_norm(R, dim=side)
         return norms.square_()
 
+    @_where_they_are
     def direct(
         self,
         R: Tensor,
@@ -100,7 +113,7 @@ class Triton:
                     these = R[t * b : (t + 1) * b], [M[t]], [V[t]], live[t : t + 1]
                     out[t * b : (t + 1) * b] = self._plain.direct(*these, side, step=_of(step, t), betas=betas, eps=eps)
                 continue
-            table, aligned = self._table(mine, (M, V), _corrections(step, betas, mine))
+            table, aligned = table_of(self._scratch, mine, (M, V), corrections(step, betas, mine))
             kernels.direct[(len(mine) * b * triton.cdiv(n, _CHANNELS),)](
                 table, R, live.contiguous(), out, b, n, rank, r_n, r_r, *_weights(betas), eps,
                 ALIGNED=aligned, BN=_CHANNELS, BR=_RANK,
@@ -110,8 +123,9 @@ class Triton:
     def square(self, G: Sequence[Tensor]) -> Tensor:
         """As the reference, without a copy in float32."""
         precise = torch.promote_types(G[0].dtype, torch.float32)
-        return torch.stack([torch.linalg.vector_norm(g, dtype=precise) for g in G]).double().square_()
+        return torch.stack(torch._foreach_norm(list(G), dtype=precise)).double().square_()
 
+    @_where_they_are
     def apply(
         self,
         W: Sequence[Tensor],
@@ -128,8 +142,8 @@ class Triton:
         per_row, per_col = (int(length > 1) for length in eta_s.shape[1:])
         etas = eta_s[0].numel(), per_row * eta_s.shape[2], per_col
         factors = eta_s.contiguous(), (live if decay is None else decay).contiguous(), live.contiguous()
-        G, stored = [g.contiguous() for g in G], list(map(_stored, W, precisions))
-        for kind, mine in _alike(_kind(g, w) for g, w in zip(G, stored, strict=True)):
+        G, stored = [g.contiguous() for g in G], list(map(stored_as, W, precisions))
+        for kind, mine in _alike(kind_of(g, w) for g, w in zip(G, stored, strict=True)):
             if kind is None:
                 for t in mine:
                     these = slice(t * b, (t + 1) * b)
@@ -138,12 +152,13 @@ class Triton:
                 continue
             type_g, (how, type_w, type_residual) = kind
             residuals = [each.residual for each in stored]
-            table, aligned = self._table(mine, (W, G, residuals), _random(stored[t] for t in mine))
+            table, aligned = table_of(self._scratch, mine, (W, G, residuals), random_numbers(stored[t] for t in mine))
             kernels.apply[(len(mine) * b * triton.cdiv(rows * cols, _FLAT),)](
                 table, *factors, b, rows * cols, cols, *etas, TYPE_W=type_w, TYPE_G=type_g, TYPE_RESIDUAL=type_residual,
                 ALIGNED=aligned, DECAY=decay is not None, HOW=how, BLOCK=_FLAT,
             )  # fmt: skip
 
+    @_where_they_are
     def adamw(
         self,
         W: Sequence[Tensor],
@@ -167,8 +182,8 @@ class Triton:
             return
         rate = torch.full_like(live[0], lr) if not isinstance(lr, Tensor) else lr.to(live.device, torch.float32)
         G, hows = [g.contiguous() for g in G], [(how, *of) for how, of in zip(precisions, moments, strict=True)]
-        stored = [tuple(map(_stored, each, how)) for *each, how in zip(W, M, V, hows, strict=True)]
-        for kind, mine in _alike(_kind(g, *each) for g, each in zip(G, stored, strict=True)):
+        stored = [tuple(map(stored_as, each, how)) for *each, how in zip(W, M, V, hows, strict=True)]
+        for kind, mine in _alike(kind_of(g, *each) for g, each in zip(G, stored, strict=True)):
             if kind is None:
                 for t in mine:
                     self._plain.adamw(
@@ -177,67 +192,16 @@ class Triton:
                     )  # fmt: skip
                 continue
             type_g, (how, type_w, type_residual), (how_m, type_m, _), (how_v, type_v, _) = kind
-            bits = [column for i in range(3) for column in _random(stored[t][i] for t in mine)]
+            bits = [column for i in range(3) for column in random_numbers(stored[t][i] for t in mine)]
             residuals = [of_w.residual for of_w, _, _ in stored]
-            table, aligned = self._table(mine, (W, G, M, V, residuals), [*_corrections(step, betas, mine), *bits])
+            table, aligned = table_of(
+                self._scratch, mine, (W, G, M, V, residuals), [*corrections(step, betas, mine), *bits]
+            )
             kernels.adamw[(len(mine) * triton.cdiv(size, _FLAT),)](
                 table, live.contiguous(), rate, size, *_weights(betas), eps, weight_decay,
                 TYPE_W=type_w, TYPE_G=type_g, TYPE_M=type_m, TYPE_V=type_v, TYPE_RESIDUAL=type_residual, ALIGNED=aligned,
                 DECAY=bool(weight_decay), HOW=how, HOW_M=how_m, HOW_V=how_v, SIGN=-1 if maximize else 1, BLOCK=_FLAT,
             )  # fmt: skip
-
-    def _table(
-        self, mine: Sequence[int], own: Sequence[Sequence[Tensor]], numbers: Sequence[Column] = ()
-    ) -> tuple[Tensor, bool]:
-        """The table of a launch, on the device: for each tensor its place t in the call, addresses of ``own[...][t]``, numbers.
-
-        Also whether all addresses are multiples of 16.
-        """
-        rows, every = [], 0
-        for i, t in enumerate(mine):
-            addresses = [of_all[t].data_ptr() for of_all in own]
-            for address in addresses:
-                every |= address
-            rows.append((t, *addresses, *(0 if isinstance(column, Tensor) else column[i] for column in numbers)))
-        table = self._scratch.upload(rows, own[0][mine[0]].device)
-        for j, column in enumerate(numbers, 1 + len(own)):
-            if isinstance(column, Tensor):
-                table[:, j] = column
-        return table, every % 16 == 0
-
-
-class _Stored(NamedTuple):
-    """What the kernels must know to store a tensor."""
-
-    kind: tuple[int, Any, Any] | None  # how, and the types of the tensor and of its residual; None: they cannot
-    residual: Tensor  # any tensor if there is none
-    numbers: tuple[int, int, int] = (0, 0, 0)  # of its random bits
-    key: Tensor | None = None  # or from what the device is to compute them
-
-
-def _stored(x: Tensor, precision: Precision) -> _Stored:
-    """The kernels store up to float32, without gaps, and round elements whose indices follow one another."""
-    key, start, residual, groups = precision
-    rest = x if residual is None else residual
-    possible = x.dtype in _STORED and rest.dtype in _STORED and x.is_contiguous() and rest.is_contiguous()
-    if groups is not None or not possible:
-        return _Stored(None, rest)
-    types = _STORED[x.dtype], _STORED[rest.dtype]
-    if residual is not None:
-        return _Stored((kernels.COMPENSATED.value, *types), rest)
-    if key is None:
-        return _Stored((kernels.PLAIN.value, *types), rest)
-    if not isinstance(start, int) or x.numel() >= 2**31 or not in_one_period(start, x.numel()):
-        return _Stored(None, rest)
-    if isinstance(key, Tensor):
-        return _Stored((kernels.STOCHASTIC.value, *types), rest, key=key) if start == 0 else _Stored(None, rest)
-    return _Stored((kernels.STOCHASTIC.value, *types), rest, hash_numbers(key, start))
-
-
-def _kind(g: Tensor, *stored: _Stored) -> tuple[Any, ...] | None:
-    """What must be equal for one launch; None where the kernels cannot."""
-    kinds = [each.kind for each in stored]
-    return None if g.dtype not in _READ or None in kinds else (_READ[g.dtype], *kinds)
 
 
 def _alike(kinds: Iterable[Key]) -> ItemsView[Key, list[int]]:
@@ -262,21 +226,3 @@ def _of(step: Updates, t: int) -> Updates:
 
 def _weights(betas: tuple[float, float]) -> tuple[float, float]:
     return 1 - betas[0], 1 - betas[1]
-
-
-def _corrections(step: Updates, betas: tuple[float, float], mine: Sequence[int]) -> list[Column]:
-    """1 - beta^t for both betas, the bits of float32."""
-    if isinstance(step, Tensor):
-        updates = torch.stack([step[t] for t in mine]).double()
-        return [(1 - beta**updates).float().view(torch.int32) for beta in betas]
-    return [struct.unpack("i", struct.pack("f", 1 - beta**step)) * len(mine) for beta in betas]
-
-
-def _random(stored: Iterable[_Stored]) -> list[Column]:
-    """The numbers of the random bits of each tensor."""
-    stored = list(stored)
-    keys = [each.key for each in stored if each.key is not None]
-    if keys:
-        base, factor, odd = hash_numbers(torch.stack(keys), 0)
-        return [base, factor, [odd] * len(keys)]
-    return list(zip(*(each.numbers for each in stored), strict=True))
