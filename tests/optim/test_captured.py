@@ -267,13 +267,48 @@ def test_what_cannot_be_captured_is_refused_by_name(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="capturable=True with an update in backward"):
         optimizer.one_by_one()
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"rounding": "compensated"}], ids=str)
+def test_a_state_is_not_made_in_a_capture(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.randn(8, 6).bfloat16())
+    p.grad = torch.randn_like(p)
+    optimizer = APOLLO([p], rank=2, backend=BACKEND, capturable=True)
     optimizer.step()
-    optimizer.param_groups[0]["rank"] = 3  # its state is for rank 2
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(RuntimeError, match="or none of these options"):
-            optimizer.step()
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(RuntimeError, match="or none of these options"):
+        capture(monkeypatch, optimizer, [p])
+    optimizer.step()
+    capture(monkeypatch, optimizer, [p])
+
+
+def test_a_graph_that_is_not_of_this_state_or_these_options_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(torch.float32)
+    optimizer = optimizer_of(params, capturable=True)
+    fill(params, 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no step of this optimizer was captured"):
+        optimizer.advance()
+    capture(monkeypatch, optimizer, params)
+    optimizer.advance()
+    group = optimizer.param_groups[0]
+    for name, value, message in (
+        ("rank", 3, "rank is 3, but was 4 when the step was captured"),
+        ("lr", 0.5, "lr is 0.5, but was 0.01 when.*or give lr as a tensor on the device"),
+        ("refresh", 4, "refresh is 4, but was 3"),
+    ):
+        before, group[name] = group[name], value
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.advance()
+        group[name] = before
+    optimizer.advance()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(6, 5))], "rank": 2})
+    with pytest.raises(RuntimeError, match="2 groups, but 1 when"):
+        optimizer.advance()
+    optimizer.param_groups.pop()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=r"or it was before load_state_dict\(\)"):
+        optimizer.advance()
 
 
 def test_with_release_it_is_refused_in_backward() -> None:

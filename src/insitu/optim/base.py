@@ -148,18 +148,19 @@ class TensorWise(Formulas):
         """Before each replay of a CUDA graph that holds a step of this optimizer (``capturable=True``).
 
         Renews, where one is due, the projections that the graph reads; a tensor whose projection is due and was not renewed
-        stands still. It waits for the device only then, once in ``refresh`` steps. Options, ``lr`` among them, are what they
-        were at the capture; an ``lr`` that is a tensor on the device may be filled with another number.
+        stands still. It waits for the device only then, once in ``refresh`` steps. Options must be those of the capture; an
+        ``lr`` that is a tensor on the device may be filled with another number.
 
         Raises:
             ValueError: a gradient in an earlier replay was not finite, unless ``nonfinite="skip"``. It is met at the next call
                 or, where the device is late, at one after it; the tensor itself was left alone.
-            RuntimeError: inside a capture.
+            RuntimeError: inside a capture; no step was captured; an option is another than in the capture.
         """
         if capturing():
             raise RuntimeError(
                 "advance() inside a CUDA graph capture: expected it before each replay, outside of the graph"
             )
+        self._counters.refuse_other_than_captured(self.param_groups)
         if not self._counters.quiet():
             self._renew_all()
         self._counters.left -= 1
@@ -184,7 +185,9 @@ class TensorWise(Formulas):
             self._kept = None
             chosen = set(stepped)
             turns = [self._turn(place) for place in self.places() if place.parameter in chosen]
-            if any(turn.done is None for turn in turns) and not capturing():
+            if capturing():
+                self._counters.capture(self.param_groups)
+            elif any(turn.done is None for turn in turns):
                 self._renew_all()
                 self._counters.left -= 1
             steps = self._bundles(turns)
@@ -319,7 +322,8 @@ class TensorWise(Formulas):
         state, capturable = self.state[p], bool(group.get("capturable"))
         if capturable:
             refuse_uncapturable(p, group, name, part)
-            if capturing() and not (p in self._counters and self._fits(p, group, name, state)):
+            made = p in self._counters and self._fits(p, group, name, state)
+            if capturing() and not (made and _compensated(p, group) == ("residual" in state)):
                 refuse_unprepared(name)
         if not self._fits(p, group, name, state):  # none yet, or of another rank: it means nothing in the new space
             seed = state.get("seed", mix(group["seed"], position))

@@ -21,6 +21,7 @@ from insitu.optim.task import Clock, Task, refuse_nonfinite
 from insitu.optim.tensors import readable
 
 _BACKENDS = ("auto", "reference", "triton")
+_OF_LR = ", or give lr as a tensor on the device, which may be filled"
 
 
 class Counters:
@@ -32,6 +33,7 @@ class Counters:
         self._counted: dict[torch.device, list[Tensor]] = {}  # what is added up to the totals
         self._totals: dict[torch.device, Tensor] = {}  # of skipped gradients, int64, in memory that the host reads
         self._known: dict[torch.device, int] = {}
+        self._options: list[dict[str, Any]] | None = None  # of the capture
         self.left = 0.0  # steps that may start before a projection can be due
 
     def __contains__(self, parameter: Tensor) -> bool:
@@ -42,6 +44,29 @@ class Counters:
         seeds = [self._seeds[task.parameter] for task in tasks]
         return Clock(torch.stack([task.state["step"] for task in tasks]), torch.stack(seeds))
 
+    def capture(self, groups: Sequence[dict[str, Any]]) -> None:
+        """A step is captured now."""
+        self._options = list(map(_options, groups))
+
+    def refuse_other_than_captured(self, groups: Sequence[dict[str, Any]]) -> None:
+        """RuntimeError where the graph would not do what the optimizer is told now."""
+        if self._options is None:
+            raise RuntimeError(
+                "advance(), but no step of this optimizer was captured, or it was before load_state_dict(): expected it before "
+                "the replays of a CUDA graph that updates the state that is here now; capture step() first"
+            )
+        found = list(map(_options, groups))
+        if found == self._options:
+            return
+        for then, now in zip(self._options, found, strict=False):
+            for name in then.keys() | now.keys():
+                if then.get(name) != now.get(name):
+                    raise RuntimeError(
+                        f"{name} is {now.get(name)!r}, but was {then.get(name)!r} when the step was captured, and a CUDA graph "
+                        f"repeats what it was: expected no change; capture again{_OF_LR if name == 'lr' else ''}"
+                    )
+        raise RuntimeError(f"{len(found)} groups, but {len(self._options)} when the step was captured: capture again")
+
     def quiet(self) -> bool:
         """Whether nothing asks for the host, as far as it knows without waiting."""
         return self.left > 0 and all(int(total) == self._known[device] for device, total in self._totals.items())
@@ -51,8 +76,9 @@ class Counters:
         by_device: dict[torch.device, list[Task]] = {}
         for task in tasks:
             by_device.setdefault(task.parameter.device, []).append(task)
-            if task.parameter not in self._seeds:
-                self._seeds[task.parameter] = torch.tensor(task.state["seed"], device=task.parameter.device)
+            p = task.parameter
+            if p not in self._seeds or self._seeds[p].device != p.device:
+                self._seeds[p] = torch.tensor(task.state["seed"], device=p.device)
         found: dict[Tensor, tuple[int, bool]] = {}
         for device, there in by_device.items():
             both = torch.stack([task.state[count] for task in there for count in ("step", "skipped")])
@@ -131,6 +157,12 @@ class HeldProjections:
 
 def _tensors(projection: Projection) -> list[Tensor]:
     return [projection.order, projection.signs] if isinstance(projection, Sketch) else [projection]
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What a graph repeats of a group."""
+    tensor = isinstance(group["lr"], Tensor)
+    return {k: v for k, v in group.items() if k not in ("params", "param_names") and not (k == "lr" and tensor)}
 
 
 def refuse_uncapturable(p: Tensor, group: dict[str, Any], name: str, part: Part) -> None:
