@@ -11,6 +11,7 @@ from torch import nn
 from insitu import APOLLO
 from insitu.optim import step as steps
 from insitu.optim.projection import Sketch, layout, make
+from insitu.optim.rounding import Precision
 from insitu.optim.step.scratch import Scratch
 
 pytestmark = MARKS
@@ -196,6 +197,33 @@ def test_gradients_and_projections_of_several_kinds_in_one_call(backend: str, ch
         results.append((made.measure(G, P, channel_dim, R), R))
     for found, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the C++ kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(400, 34), (193, 66), (385, 31), (192, 2)], ids=str)
+@pytest.mark.parametrize("eta", ["tensor", "rows", "columns"])
+def test_rows_that_are_written_in_streams_have_the_bits_of_one_row_alone(
+    shape: tuple[int, int], eta: str, dtype: torch.dtype
+) -> None:
+    # From 192 rows on the kernel takes some of them side by side; what is left over at the end it takes one by one.
+    made = steps.choose("native", torch.device("cpu"))
+    rows, cols = shape
+    W = [torch.randn(1, *shape).bfloat16() for _ in range(2)]
+    G = [torch.randn(1, *shape).to(dtype) for _ in range(2)]
+    eta_s = torch.rand(2, rows if eta == "rows" else 1, cols if eta == "columns" else 1) * 1e-2
+    decay, live = torch.tensor([0.1, 0.0]), torch.ones(2)
+    precisions = [Precision(key, start) for key, start in ((5, 0), (9, 2 * cols))]
+    alone, before = [w.clone() for w in W], [w.clone() for w in W]
+    made.apply(W, G, eta_s, decay, live, precisions)
+    for t, row in ((t, row) for t in range(2) for row in range(rows)):
+        these = alone[t][:, row : row + 1], G[t][:, row : row + 1]
+        its_eta = eta_s[t : t + 1, row : row + 1] if eta == "rows" else eta_s[t : t + 1]
+        precise = precisions[t].of(row * cols, cols)
+        made.apply(these[:1], these[1:], its_eta, decay[t : t + 1], live[:1], [precise])
+    for w, w_alone, start in zip(W, alone, before, strict=True):
+        assert torch.equal(w, w_alone)
+        assert (w != start).float().mean() > 0.1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="of what its kernels are told")

@@ -54,6 +54,7 @@ void norms(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* R
 
 void direct(int64_t num, int64_t rows, int64_t cols, int64_t tall, const float* R, float* const* M, float* const* V,
             const float* live, const float* numbers, float* out) {
+  if (tall && cols == 1) return direct(num, cols, rows, 0, R, M, V, live, numbers, out);  // the same, a register at a time
   Adam a(numbers);
   if (tall) {
 #pragma omp parallel for schedule(static)

@@ -55,30 +55,30 @@ void measure_one_tall(int64_t num, const bf16* const* G, int64_t rows, int64_t c
   });
 }
 
-// N rows, added to a piece of a wide matrix's channels.
+// N rows, `apart` rows from one to the next, added to a piece of a wide matrix's channels.
 template <int64_t N>
-inline void add_one(const float* g, int64_t cols, const float* p, int64_t count, float* r, float* square) {
+inline void add_one(const float* g, int64_t cols, int64_t apart, const float* p, int64_t count, float* r, float* square) {
 #pragma omp simd
   for (int64_t j = 0; j < count; j++) {
     float found = r[j], squares = square[j];
     for (int64_t i = 0; i < N; i++) {
-      float x = g[i * cols + j];
-      found = std::fma(x, p[i], found), squares = std::fma(x, x, squares);
+      float x = g[i * apart * cols + j];
+      found = std::fma(x, p[i * apart], found), squares = std::fma(x, x, squares);
     }
     r[j] = found, square[j] = squares;
   }
 }
 // Even channels, and at WIDE / 2 the odd ones.
 template <int64_t N>
-inline void add_one(const bf16* g, int64_t cols, const float* p, int64_t count, float* r, float* square) {
+inline void add_one(const bf16* g, int64_t cols, int64_t apart, const float* p, int64_t count, float* r, float* square) {
   constexpr int64_t ODD = WIDE / 2;
   auto add = [&](int64_t first, int64_t last) {
 #pragma omp simd
     for (int64_t j = first; j < last; j++) {
       float even = r[j], odd = r[ODD + j], even_sq = square[j], odd_sq = square[ODD + j];
       for (int64_t i = 0; i < N; i++) {
-        uint32_t pair = ((const Pair*)(g + i * cols))[j];
-        even = std::fma(low(pair), p[i], even), odd = std::fma(high(pair), p[i], odd);
+        uint32_t pair = ((const Pair*)(g + i * apart * cols))[j];
+        even = std::fma(low(pair), p[i * apart], even), odd = std::fma(high(pair), p[i * apart], odd);
         even_sq = std::fma(low(pair), low(pair), even_sq), odd_sq = std::fma(high(pair), high(pair), odd_sq);
       }
       r[j] = even, r[ODD + j] = odd, square[j] = even_sq, square[ODD + j] = odd_sq;
@@ -86,18 +86,20 @@ inline void add_one(const bf16* g, int64_t cols, const float* p, int64_t count, 
   };
   int64_t j = 0, pairs = count / 2;
   for (; j + LINE / 2 <= pairs; j += LINE / 2) {
-    for (int64_t i = 0; i < N; i++) fetch(g + (i + STREAMS) * cols + 2 * j);
+    for (int64_t i = 0; i < N; i++) fetch(g + (i * apart + 2) * cols + 2 * j);
     add(j, j + LINE / 2);
   }
   add(j, pairs);
   for (int64_t i = 0; count % 2 && i < N; i++) {
-    float x = load(g[i * cols + count - 1]);
-    r[pairs] = std::fma(x, p[i], r[pairs]), square[pairs] = std::fma(x, x, square[pairs]);
+    float x = load(g[i * apart * cols + count - 1]);
+    r[pairs] = std::fma(x, p[i * apart], r[pairs]), square[pairs] = std::fma(x, x, square[pairs]);
   }
 }
 inline void put(const float* found, int64_t count, float* out, const float*) { std::copy(found, found + count, out); }
 inline void put(const float* found, int64_t count, float* out, const bf16*) {
-  for (int64_t j = 0; j < count; j++) out[j] = found[j % 2 * (WIDE / 2) + j / 2];
+  const float* odd = found + WIDE / 2;
+  for (int64_t j = 0; j < count / 2; j++) out[2 * j] = found[j], out[2 * j + 1] = odd[j];
+  if (count % 2) out[count - 1] = found[count / 2];
 }
 
 template <class T>
@@ -109,11 +111,9 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
     int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
     float r[WIDE] = {}, square[WIDE] = {};
     const T* g = G[t] + first;
-    int64_t row = 0;
-    for (; row + STREAMS <= rows; row += STREAMS) {
-      add_one<STREAMS>(g + row * cols, cols, P[t] + row, count, r, square);
-    }
-    for (; row < rows; row++) add_one<1>(g + row * cols, cols, P[t] + row, count, r, square);
+    int64_t apart = rows / STREAMS;  // a stream is a quarter of the rows
+    for (int64_t row = 0; row < apart; row++) add_one<STREAMS>(g + row * cols, cols, apart, P[t] + row, count, r, square);
+    for (int64_t row = STREAMS * apart; row < rows; row++) add_one<1>(g + row * cols, cols, 1, P[t] + row, count, r, square);
     put(r, count, R + t * cols + first, g);
     put(square, count, G_sq + t * cols + first, g);
   }

@@ -1,6 +1,7 @@
 // The second pass: weights, rounded as they are written.
 #include "adam.h"
 #include "kernels.h"
+#include "rows.h"
 
 namespace {
 
@@ -11,31 +12,42 @@ inline float moved(float w, float keep, float g, float eta) { return std::fma(-g
 inline bf16 rounded(float x, uint32_t random) { return bf16((float_to_bits(x) + random) >> 16); }
 
 // Two neighbours of a bf16 row are one word, as the random bits come: nothing has to change its place. The random words are
-// counted, not multiplied out; a compiler's own loop takes twice the time.
-template <bool BY_COLUMN>
-inline void apply_pairs(Pair* w, const Pair* g, int64_t pairs, float keep, const float* eta_low, const float* eta_high,
-                        uint32_t word_index, uint32_t base, uint32_t factor) {
-  Words counter;
-  for (int64_t k = 0; k < WORDS; k++) counter[k] = base + (word_index + uint32_t(k)) * WEYL;
-  Floats even = Floats{} + *eta_low, odd = Floats{} + *eta_high;
-  int64_t j = 0;
-  for (; j + WORDS <= pairs; j += WORDS, counter += uint32_t(WORDS) * WEYL) {
-    Words random = (counter ^ (Words)((Integers)counter >> 15)) * factor;
-    random = (random ^ (Words)((Integers)random >> 15)) * MIXER;
-    auto x = load_words<Words>(w + j), y = load_words<Words>(g + j);
-    fetch((const char*)(w + j) + AHEAD), fetch((const char*)(g + j) + AHEAD);
-    Floats first = (Floats)(x << 16), second = (Floats)(x & 0xFFFF0000u);
-    if (keep != 1.0f) first *= keep, second *= keep;
-    if (BY_COLUMN) even = load_words<Floats>(eta_low + j), odd = load_words<Floats>(eta_high + j);
-    first = madd(-(Floats)(y << 16), even, first), second = madd(-(Floats)(y & 0xFFFF0000u), odd, second);
-    x = halves_of((Words)first + (random & 0xFFFFu), (Words)second + (random >> 16));
-    std::memcpy(w + j, &x, sizeof x);
+// counted, not multiplied out; a compiler's own loop takes twice the time. N rows at a time, whose factors per column, if they
+// are such, are the same.
+template <int64_t N, bool BY_COLUMN>
+inline void apply_pairs(Pair* const* w, const Pair* const* g, int64_t pairs, float keep, const float* const* eta_low,
+                        const float* const* eta_high, const uint32_t* word_index, uint32_t base, uint32_t factor) {
+  Words counter[N];
+  Floats even[N], odd[N];
+  for (int64_t i = 0; i < N; i++) {
+    for (int64_t k = 0; k < WORDS; k++) counter[i][k] = base + (word_index[i] + uint32_t(k)) * WEYL;
+    even[i] = Floats{} + *eta_low[i], odd[i] = Floats{} + *eta_high[i];
   }
-  for (; j < pairs; j++) {
-    uint32_t random = random_word(word_index + uint32_t(j), base, factor);
-    float first = moved(low(w[j]), keep, low(g[j]), eta_low[BY_COLUMN ? j : 0]);
-    float second = moved(high(w[j]), keep, high(g[j]), eta_high[BY_COLUMN ? j : 0]);
-    w[j] = rounded(first, random & 0xFFFF) | uint32_t(rounded(second, random >> 16)) << 16;
+  int64_t j = 0;
+  for (; j + WORDS <= pairs; j += WORDS) {
+    if (BY_COLUMN) even[0] = load_words<Floats>(eta_low[0] + j), odd[0] = load_words<Floats>(eta_high[0] + j);
+    for (int64_t i = 0; i < N; i++) {
+      Words random = (counter[i] ^ (Words)((Integers)counter[i] >> 15)) * factor;
+      random = (random ^ (Words)((Integers)random >> 15)) * MIXER;
+      counter[i] += uint32_t(WORDS) * WEYL;
+      auto x = load_words<Words>(w[i] + j), y = load_words<Words>(g[i] + j);
+      fetch((const char*)(w[i] + j) + AHEAD / N);
+      if (N == 1) fetch((const char*)(g[i] + j) + AHEAD);
+      Floats first = (Floats)(x << 16), second = (Floats)(x & 0xFFFF0000u);
+      if (keep != 1.0f) first *= keep, second *= keep;
+      const Floats &of_first = even[BY_COLUMN ? 0 : i], &of_second = odd[BY_COLUMN ? 0 : i];
+      first = madd(-(Floats)(y << 16), of_first, first), second = madd(-(Floats)(y & 0xFFFF0000u), of_second, second);
+      x = halves_of((Words)first + (random & 0xFFFFu), (Words)second + (random >> 16));
+      std::memcpy(w[i] + j, &x, sizeof x);
+    }
+  }
+  for (int64_t i = 0; i < N; i++) {
+    for (int64_t at = j; at < pairs; at++) {
+      uint32_t random = random_word(word_index[i] + uint32_t(at), base, factor);
+      float first = moved(low(w[i][at]), keep, low(g[i][at]), eta_low[i][BY_COLUMN ? at : 0]);
+      float second = moved(high(w[i][at]), keep, high(g[i][at]), eta_high[i][BY_COLUMN ? at : 0]);
+      w[i][at] = rounded(first, random & 0xFFFF) | uint32_t(rounded(second, random >> 16)) << 16;
+    }
   }
 }
 
@@ -64,9 +76,10 @@ inline void apply_rounded(bf16* w, const bf16* g, int64_t cols, float keep, cons
   uint32_t word_index = (place + uint32_t(first)) >> 1;
   if (by_column) {
     halves.take(eta + first, pairs);
-    apply_pairs<true>(w2, g2, pairs, keep, halves.low.data(), halves.high.data(), word_index, base, factor);
+    const float *low = halves.low.data(), *high = halves.high.data();
+    apply_pairs<1, true>(&w2, &g2, pairs, keep, &low, &high, &word_index, base, factor);
   } else {
-    apply_pairs<false>(w2, g2, pairs, keep, eta, eta, word_index, base, factor);
+    apply_pairs<1, false>(&w2, &g2, pairs, keep, &eta, &eta, &word_index, base, factor);
   }
   if (first + 2 * pairs < cols) single(cols - 1);
 }
@@ -107,26 +120,64 @@ void adamw_typed(int64_t num, T* const* W, const S* const* G, float* const* M, f
   }
 }
 
+// STREAMS rows at a time, as for_rows has them, of a matrix whose rows are whole pairs. W is what has to come from memory; G may
+// still be in the cache.
+inline void apply_block(bf16* W, const bf16* G, int64_t first, int64_t cols, float keep, const float* eta_s, int64_t eta_row,
+                        bool by_column, const int64_t* hash, Halves& halves) {
+  if (by_column) halves.take(eta_s, cols / 2);
+  for (int64_t i = 0; i < APART; i++) {
+    Pair* w[STREAMS];
+    const Pair* g[STREAMS];
+    const float *even[STREAMS], *odd[STREAMS];
+    uint32_t word_index[STREAMS];
+    for (int64_t k = 0; k < STREAMS; k++) {
+      int64_t row = first + k * APART + i;
+      w[k] = (Pair*)(W + row * cols), g[k] = (const Pair*)(G + row * cols);
+      even[k] = by_column ? halves.low.data() : eta_s + row * eta_row;
+      odd[k] = by_column ? halves.high.data() : even[k];
+      word_index[k] = uint32_t(row * cols) >> 1;
+    }
+    auto apply = by_column ? apply_pairs<STREAMS, true> : apply_pairs<STREAMS, false>;
+    apply(w, g, cols / 2, keep, even, odd, word_index, uint32_t(hash[0]), uint32_t(hash[1]));
+  }
+}
+template <class T, class S>
+inline void apply_block(T*, const S*, int64_t, int64_t, float, const float*, int64_t, bool, const int64_t*, Halves&) {
+}  // never asked for
+
 template <class T, class S>
 void apply_typed(int64_t num, T* const* W, const S* const* G, int64_t rows, int64_t cols, const float* eta_s,
                  int64_t eta_matrix, int64_t eta_row, int64_t eta_col, const float* decay, const int64_t* hash) {
+  constexpr int64_t BLOCK = STREAMS * APART;
+  bool in_pairs = sizeof(T) == 2 && sizeof(S) == 2 && hash && cols % 2 == 0;
+  for (int64_t t = 0; in_pairs && t < num; t++) in_pairs = hash[3 * t + 2] % 2 == 0;
+  int64_t blocks = in_pairs ? rows / BLOCK : 0, singles = rows - blocks * BLOCK;
+  auto keep_of = [=](int64_t t) { return 1 - (decay ? decay[t] : 0.0f); };
   Halves halves;
-#pragma omp parallel for schedule(static) firstprivate(halves)
-  for (int64_t at = 0; at < num * rows; at++) {
-    int64_t t = at / rows, row = at % rows;
-    T* w = W[t] + row * cols;
-    const S* g = G[t] + row * cols;
-    const float* eta = eta_s + t * eta_matrix + row * eta_row;
-    float keep = 1 - (decay ? decay[t] : 0.0f), one = eta[0];
-    if (hash) {
-      uint32_t place = uint32_t(row * cols + hash[3 * t + 2]);
-      apply_rounded(w, g, cols, keep, eta, eta_col != 0, place, uint32_t(hash[3 * t]), uint32_t(hash[3 * t + 1]), halves);
-    } else if (eta_col == 0) {
+#pragma omp parallel firstprivate(halves)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t at = 0; at < num * blocks; at++) {
+      int64_t t = at / blocks, first = at % blocks * BLOCK;
+      apply_block(W[t], G[t], first, cols, keep_of(t), eta_s + t * eta_matrix, eta_row, eta_col != 0, hash + 3 * t, halves);
+    }
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < num * singles; at++) {
+      int64_t t = at / singles, row = blocks * BLOCK + at % singles;
+      T* w = W[t] + row * cols;
+      const S* g = G[t] + row * cols;
+      const float* eta = eta_s + t * eta_matrix + row * eta_row;
+      float keep = keep_of(t), one = eta[0];
+      if (hash) {
+        uint32_t place = uint32_t(row * cols + hash[3 * t + 2]);
+        apply_rounded(w, g, cols, keep, eta, eta_col != 0, place, uint32_t(hash[3 * t]), uint32_t(hash[3 * t + 1]), halves);
+      } else if (eta_col == 0) {
 #pragma omp simd
-      for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), one));
-    } else {
+        for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), one));
+      } else {
 #pragma omp simd
-      for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), eta[j]));
+        for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), eta[j]));
+      }
     }
   }
 }
