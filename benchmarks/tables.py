@@ -121,6 +121,7 @@ def sft(found: dict[str, Any]) -> Iterator[str]:
 # Each table, and the guide that it is in.
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], Iterator[str]], str]] = {
     "optimizer_step": (optimizer_step, "speed.md"),
+    "optimizer_step_avx512": (optimizer_step, "speed.md"),
     "end_to_end": (end_to_end, "speed.md"),
     "training": (training, "training.md"),
     "sft": (sft, "training.md"),
