@@ -19,6 +19,7 @@ pytestmark = MARKS
 BACKEND = "triton" if INTERPRETED else "reference"
 SHAPES = [(24, 20), (24, 20), (24, 20), (18, 33), (3, 16, 17), (37,), (37,)]
 STEPS = 9
+Trained = tuple[APOLLO, list[nn.Parameter]]
 
 
 def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -61,13 +62,22 @@ def capture(monkeypatch: pytest.MonkeyPatch, optimizer: APOLLO, params: list[nn.
     return tape
 
 
-def same(a: tuple[APOLLO, list[nn.Parameter]], b: tuple[APOLLO, list[nn.Parameter]]) -> None:
+def same(a: Trained, b: Trained) -> None:
     for i, (p, q) in enumerate(zip(a[1], b[1], strict=True)):
         assert torch.equal(p, q), f"parameter {i}"
         mine, theirs = a[0].state[p], b[0].state[q]
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), f"{name} of parameter {i}"
+
+
+def a_step_and_a_replay(step: int, plain: Trained, replayed: Trained, tape: Tape) -> None:
+    fill(plain[1], step)
+    plain[0].step()
+    fill(replayed[1], step)
+    replayed[0].advance()
+    tape.replay()
+    same(replayed, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -94,12 +104,7 @@ def test_replays_are_steps_to_the_bit(
     tape = capture(monkeypatch, optimizer, params)
     same((optimizer, params), (plain, expected))  # a capture does nothing
     for step in range(2, STEPS):  # over three refreshes
-        fill(expected, step)
-        plain.step()
-        fill(params, step)
-        optimizer.advance()
-        tape.replay()
-        same((optimizer, params), (plain, expected))
+        a_step_and_a_replay(step, (plain, expected), (optimizer, params), tape)
     updates = [int(plain.state[p]["step"]) for p in expected]
     assert updates == [9, 8, 9, 8, 9, 9, 8]
     assert [int(plain.state[p]["skipped"]) for p in expected] == [0, 0, 0, 1, 0, 0, 1]
@@ -148,12 +153,7 @@ def test_the_learning_rate_is_a_tensor_that_may_be_filled(monkeypatch: pytest.Mo
         rate.fill_(lr)
         for group in plain.param_groups:
             group["lr"] = torch.tensor(lr)
-        fill(expected, step)
-        plain.step()
-        fill(params, step)
-        optimizer.advance()
-        tape.replay()
-        same((optimizer, params), (plain, expected))
+        a_step_and_a_replay(step, (plain, expected), (optimizer, params), tape)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="int8 is the reference's")

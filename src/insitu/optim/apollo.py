@@ -250,9 +250,8 @@ class APOLLO(TensorWise):
         task = tasks[0]
         size = _layout(task.parameter, task.group, task.name)
         if size:
-            return projected(
-                tasks, size, self._projections, self._held, self._scratch
-            )  # and not self, which holds what is bound
+            # And not self, which holds what is bound.
+            return projected(tasks, size, self._projections, self._held, self._scratch)
         return sgd(tasks) if _sgd(task.group) else adamw(tasks)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from insitu.optim.projection import Layout, Projection, Sketch, make
+from insitu.optim.projection import Layout, Projection, Sketch, make, moved
 from insitu.optim.sharding import Part
 from insitu.optim.task import Clock, Task, refuse_nonfinite
 from insitu.optim.tensors import readable
@@ -137,11 +137,7 @@ class HeldProjections:
             held.on_device.fill_(index)
             held.index = index
             return
-        made = make(kind, seed, index, size)
-        if isinstance(made, Sketch):
-            made = made._replace(order=made.order.to(device), signs=made.signs.to(device))
-        else:
-            made = made.to(device)
+        made = moved(make(kind, seed, index, size), device)
         self._held[parameter] = _Held(made_of, index, torch.tensor(index, device=device), made)
 
     def get(self, parameter: Tensor) -> Projection:

@@ -174,14 +174,15 @@ class ProjectionCache:
         made = make(kind, seed, refresh_index, size)
         if part != (0, size.projected):
             made = narrow(made, *part)
-        made = _to(made, parameter.device)
+        made = moved(made, parameter.device)
         if self._bytes + _num_bytes(made) <= self._limit:
             self._held[parameter] = wanted, made
             self._bytes += _num_bytes(made)
         return made
 
 
-def _to(projection: Projection, device: torch.device) -> Projection:
+def moved(projection: Projection, device: torch.device) -> Projection:
+    """It on ``device``."""
     if isinstance(projection, Tensor):
         return projection.to(device)
     return projection._replace(order=projection.order.to(device), signs=projection.signs.to(device))

@@ -19,17 +19,12 @@ import torch
 from torch import Tensor
 
 from insitu.optim.int8 import LARGEST, Groups
-from insitu.optim.seeds import mix, mix_on_device
-
-
-def _signed(word: int) -> int:
-    """The int32 with the low 32 bits of ``word``."""
-    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
+from insitu.optim.seeds import mix, mix_on_device, signed
 
 
 def _scalar(word: int) -> Tensor:
     """A 0-dim int32: torch would convert a Python number anew at each operation."""
-    return torch.tensor(_signed(word), dtype=torch.int32)
+    return torch.tensor(signed(word, 32), dtype=torch.int32)
 
 
 Index = int | Tensor
@@ -70,19 +65,19 @@ def hash_numbers(key: Key, start: int) -> tuple[Index, Index, int]:
     first, odd = divmod(start, 2)
     if isinstance(key, Tensor):
         mixed = mix_on_device(key, first >> 32)
-        words = (mixed >> 31) + _signed(first * WEYL), 2 * (mixed & 0x7FFFFFFF) + 1
+        words = (mixed >> 31) + signed(first * WEYL, 32), 2 * (mixed & 0x7FFFFFFF) + 1
         return words[0].to(torch.int32), words[1].to(torch.int32), odd  # which wraps
     # What lies above the counter's 32 bits enters through the key.
     low, factor = divmod(mix(key, first >> 32), 1 << 31)
-    return _signed(first * WEYL + low), _signed(2 * factor + 1), odd
+    return signed(first * WEYL + low, 32), signed(2 * factor + 1, 32), odd
 
 
 def hashed_bits(base: Tensor, factor: Tensor, odd: Tensor, index: Tensor) -> Tensor:
     """As ``_random_bits``, in one expression for a compiler; ``index`` (int32) counts from 0, the numbers are 0-dim int32."""
     place = index + odd
-    word = base + (place >> 1) * _signed(WEYL)
+    word = base + (place >> 1) * signed(WEYL, 32)
     word = (word ^ (word >> 15)) * factor
-    word = (word ^ (word >> 15)) * _signed(MIXER)
+    word = (word ^ (word >> 15)) * signed(MIXER, 32)
     return (word >> ((place & 1) << 4)) & 0xFFFF
 
 
@@ -109,7 +104,7 @@ def _random_bits_at(key: int, index: Tensor) -> Tensor:
     for period in torch.unique(first >> 32).tolist():  # one, but for tensors beyond 2^33 elements
         low, factor = divmod(mix(key, period), 1 << 31)
         words = (first * WEYL + low).to(torch.int32)
-        words.bitwise_xor_(words >> _SHIFT).mul_(_signed(2 * factor + 1))
+        words.bitwise_xor_(words >> _SHIFT).mul_(signed(2 * factor + 1, 32))
         words.bitwise_xor_(words >> _SHIFT).mul_(_MIXER)
         here = first >> 32 == period
         out[here] = torch.where(index % 2 == 0, words & 0xFFFF, (words >> 16) & 0xFFFF)[here]

@@ -38,9 +38,9 @@ def mix_on_device(first: Tensor, *others: Tensor | int) -> Tensor:
     """
     state = first.new_zeros(())
     for value in (first, *others):
-        state = state + (value if isinstance(value, Tensor) else _signed(value)) + _signed(_GOLDEN)
-        state = (state ^ _shifted(state, 30)) * _signed(_FACTORS[0])
-        state = (state ^ _shifted(state, 27)) * _signed(_FACTORS[1])
+        state = state + (value if isinstance(value, Tensor) else signed(value, 64)) + signed(_GOLDEN, 64)
+        state = (state ^ _shifted(state, 30)) * signed(_FACTORS[0], 64)
+        state = (state ^ _shifted(state, 27)) * signed(_FACTORS[1], 64)
         state = state ^ _shifted(state, 31)
     return _shifted(state, 1)
 
@@ -49,6 +49,7 @@ def _shifted(word: Tensor, by: int) -> Tensor:
     return (word >> by) & (_MASK >> by)
 
 
-def _signed(word: int) -> int:
-    """The int64 with the low 64 bits of ``word``."""
-    return (word + (1 << 63)) % (1 << 64) - (1 << 63)
+def signed(word: int, bits: int) -> int:
+    """The signed integer of so many bits with the low bits of ``word``, as tensors hold it."""
+    half = 1 << (bits - 1)
+    return (word + half) % (2 * half) - half

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from insitu.optim.rounding import MIXER, WEYL
+from insitu.optim.seeds import signed
 
-_WEYL, _MIXER = (tl.constexpr((word + 2**31) % 2**32 - 2**31) for word in (WEYL, MIXER))
+_WEYL, _MIXER = (tl.constexpr(signed(word, 32)) for word in (WEYL, MIXER))
 PLAIN, STOCHASTIC, COMPENSATED = (tl.constexpr(i) for i in range(3))  # how a number is stored
 # What a row of a table holds: t, addresses and numbers, as the kernels below read them.
 MEASURE, DIRECT, APPLY, ADAMW = (tl.constexpr(i) for i in (4, 5, 7, 17))
