@@ -10,7 +10,7 @@ from torch import nn
 
 from insitu import APOLLO
 from insitu.optim import step as steps
-from insitu.optim.projection import Sketch, layout, make
+from insitu.optim.projection import Projection, Sketch, layout, make
 from insitu.optim.rounding import Precision
 from insitu.optim.step.scratch import Scratch
 
@@ -197,6 +197,22 @@ def test_gradients_and_projections_of_several_kinds_in_one_call(backend: str, ch
         results.append((made.measure(G, P, channel_dim, R), R))
     for found, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(13, 37), (37, 13), (2, 5), (13, 1601)], ids=str)
+@pytest.mark.parametrize("backend", HERE)
+def test_rank_1_measures_every_channel_of_odd_sizes(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows, cols = shape
+    dim = -2 if rows >= cols else -1
+    G = [torch.randn(1, *shape).to(dtype) for _ in range(2)]
+    P: list[Projection] = [torch.randn(1, min(shape)) for _ in G]
+    found = []
+    for name in ("reference", backend):
+        R = torch.full((2, rows, 1) if dim == -2 else (2, 1, cols), 7.0)
+        found.append((steps.choose(name, torch.device("cpu")).measure(G, P, dim, R), R))
+    for mine, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the C++ kernels")
