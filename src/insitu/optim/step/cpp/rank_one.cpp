@@ -6,14 +6,13 @@ namespace {
 
 void measure_one_tall(int64_t num, const float* const* G, int64_t rows, int64_t cols, const float* const* P, float* R,
                       float* G_sq) {
-  for_rows(num, rows, cols, G, [=](const int64_t* at, const float* const* g) {
-    const float *g0 = g[0], *g1 = g[1], *g2 = g[2], *g3 = g[3];
-    const float *p0 = P[at[0] / rows], *p1 = P[at[1] / rows], *p2 = P[at[2] / rows], *p3 = P[at[3] / rows];
+  for_rows(num, rows, cols, G, [=](int64_t t, const int64_t* at, const float* const* g) {
+    const float *g0 = g[0], *g1 = g[1], *g2 = g[2], *g3 = g[3], *p = P[t];
     float r0 = 0, r1 = 0, r2 = 0, r3 = 0, s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : r0, r1, r2, r3, s0, s1, s2, s3)
     for (int64_t i = 0; i < cols; i++) {
       float x0 = g0[i], x1 = g1[i], x2 = g2[i], x3 = g3[i];
-      r0 = std::fma(x0, p0[i], r0), r1 = std::fma(x1, p1[i], r1), r2 = std::fma(x2, p2[i], r2), r3 = std::fma(x3, p3[i], r3);
+      r0 = std::fma(x0, p[i], r0), r1 = std::fma(x1, p[i], r1), r2 = std::fma(x2, p[i], r2), r3 = std::fma(x3, p[i], r3);
       s0 = std::fma(x0, x0, s0), s1 = std::fma(x1, x1, s1), s2 = std::fma(x2, x2, s2), s3 = std::fma(x3, x3, s3);
     }
     R[at[0]] = r0, R[at[1]] = r1, R[at[2]] = r2, R[at[3]] = r3;
@@ -30,25 +29,24 @@ void measure_one_tall(int64_t num, const bf16* const* G, int64_t rows, int64_t c
     for (int64_t i = 0; i < pairs; i++) even[i] = P[t][2 * i], odd[i] = P[t][2 * i + 1];
   }
   const float* split = halves.data();
-  for_rows(num, rows, cols, G, [=](const int64_t* at, const bf16* const* g) {
-    const float* even[STREAMS];
-    Floats r[STREAMS], square[STREAMS];
-    for (int64_t k = 0; k < STREAMS; k++) even[k] = split + at[k] / rows * 2 * pairs, r[k] = square[k] = Floats{};
+  for_rows(num, rows, cols, G, [=](int64_t t, const int64_t* at, const bf16* const* g) {
+    const float *even = split + t * 2 * pairs, *odd = even + pairs;
+    Floats r[STREAMS] = {}, square[STREAMS] = {};
     int64_t i = 0;
     for (; i + WORDS <= pairs; i += WORDS) {
+      auto p = load_words<Floats>(even + i), q = load_words<Floats>(odd + i);
       for (int64_t k = 0; k < STREAMS; k++) {
         auto words = load_words<Words>(g[k] + 2 * i);
         Floats x = (Floats)(words << 16), y = (Floats)(words & 0xFFFF0000u);
-        r[k] = madd(x, load_words<Floats>(even[k] + i), madd(y, load_words<Floats>(even[k] + pairs + i), r[k]));
-        square[k] = madd(x, x, madd(y, y, square[k]));
-        fetch(g[k] + 2 * cols + 2 * i);
+        r[k] = madd(x, p, madd(y, q, r[k])), square[k] = madd(x, x, madd(y, y, square[k]));
+        if (!BY_ITSELF) fetch(g[k] + 2 * cols + 2 * i);
       }
     }
     for (int64_t k = 0; k < STREAMS; k++) {
       float found = sum(r[k]), found_sq = sum(square[k]);
       for (int64_t j = 2 * i; j < cols; j++) {
         float x = load(g[k][j]);
-        found = std::fma(x, P[at[k] / rows][j], found), found_sq = std::fma(x, x, found_sq);
+        found = std::fma(x, P[t][j], found), found_sq = std::fma(x, x, found_sq);
       }
       R[at[k]] = found, G_sq[at[k]] = found_sq;
     }
@@ -86,7 +84,7 @@ inline void add_one(const bf16* g, int64_t cols, int64_t apart, const float* p, 
   };
   int64_t j = 0, pairs = count / 2;
   for (; j + LINE / 2 <= pairs; j += LINE / 2) {
-    for (int64_t i = 0; i < N; i++) fetch(g + (i * apart + 2) * cols + 2 * j);
+    for (int64_t i = 0; !BY_ITSELF && i < N; i++) fetch(g + (i * apart + 2) * cols + 2 * j);
     add(j, j + LINE / 2);
   }
   add(j, pairs);

@@ -1,5 +1,6 @@
 // The first pass of a sketch.
 #include "kernels.h"
+#include "pairs.h"
 #include "rows.h"
 
 namespace {
@@ -173,7 +174,7 @@ inline void add_rows(const T* const* g, const T* const* next, const float* sign,
   int64_t j = 0;
   for (; j + LINE <= count; j += LINE) {
     for (int64_t i = 0; i < N; i++) {
-      for (size_t line = 0; line < sizeof(T) / 2; line++) fetch(next[i] + j + line * LINE / 2);
+      for (size_t line = 0; line < sizeof(T) / 2; line++) fetch_near(next[i] + j + line * LINE / 2);
     }
     add(j, j + LINE);
   }
@@ -221,6 +222,7 @@ void measure_sketch(int64_t num, const void* const* G, int64_t bfloat, int64_t r
                     float* R_sq, float* G_sq) {
   auto f = (const float* const*)G;
   auto h = (const bf16* const*)G;
+  if (tall && bfloat && measure_sketch_by_pairs(num, h, rows, cols, order, signs, rank, R, R_sq, G_sq)) return;
   if (tall) {
     bfloat ? measure_sketch_tall(num, h, rows, cols, order, signs, rank, repeats, R, R_sq, G_sq)
            : measure_sketch_tall(num, f, rows, cols, order, signs, rank, repeats, R, R_sq, G_sq);

@@ -14,13 +14,16 @@ inline bf16 rounded(float x, uint32_t random) { return bf16((float_to_bits(x) + 
 // Two neighbours of a bf16 row are one word, as the random bits come: nothing has to change its place. The random words are
 // counted, not multiplied out; a compiler's own loop takes twice the time. N rows at a time, whose factors per column, if they
 // are such, are the same.
-template <int64_t N, bool BY_COLUMN>
-inline void apply_pairs(Pair* const* w, const Pair* const* g, int64_t pairs, float keep, const float* const* eta_low,
+template <int64_t N, bool BY_COLUMN, bool DECAYED>
+inline void apply_pairs(Pair* const* W, const Pair* const* G, int64_t pairs, float keep, const float* const* eta_low,
                         const float* const* eta_high, const uint32_t* word_index, uint32_t base, uint32_t factor) {
-  Words counter[N];
+  Pair* w[N];  // here, where nothing that is written can be one of them
+  const Pair* g[N];
+  Words counter[N], steps;
   Floats even[N], odd[N];
+  for (int64_t k = 0; k < WORDS; k++) steps[k] = uint32_t(k) * WEYL;  // known to a compiler
   for (int64_t i = 0; i < N; i++) {
-    for (int64_t k = 0; k < WORDS; k++) counter[i][k] = base + (word_index[i] + uint32_t(k)) * WEYL;
+    w[i] = W[i], g[i] = G[i], counter[i] = steps + (base + word_index[i] * WEYL);
     even[i] = Floats{} + *eta_low[i], odd[i] = Floats{} + *eta_high[i];
   }
   int64_t j = 0;
@@ -31,10 +34,9 @@ inline void apply_pairs(Pair* const* w, const Pair* const* g, int64_t pairs, flo
       random = (random ^ (Words)((Integers)random >> 15)) * MIXER;
       counter[i] += uint32_t(WORDS) * WEYL;
       auto x = load_words<Words>(w[i] + j), y = load_words<Words>(g[i] + j);
-      fetch((const char*)(w[i] + j) + AHEAD / N);
-      if (N == 1) fetch((const char*)(g[i] + j) + AHEAD);
+      fetch((const char*)(w[i] + j) + AHEAD / N), fetch((const char*)(g[i] + j) + (N == 1 ? AHEAD : NEAR));
       Floats first = (Floats)(x << 16), second = (Floats)(x & 0xFFFF0000u);
-      if (keep != 1.0f) first *= keep, second *= keep;
+      if (DECAYED) first *= keep, second *= keep;
       const Floats &of_first = even[BY_COLUMN ? 0 : i], &of_second = odd[BY_COLUMN ? 0 : i];
       first = madd(-(Floats)(y << 16), of_first, first), second = madd(-(Floats)(y & 0xFFFF0000u), of_second, second);
       x = halves_of((Words)first + (random & 0xFFFFu), (Words)second + (random >> 16));
@@ -77,9 +79,11 @@ inline void apply_rounded(bf16* w, const bf16* g, int64_t cols, float keep, cons
   if (by_column) {
     halves.take(eta + first, pairs);
     const float *low = halves.low.data(), *high = halves.high.data();
-    apply_pairs<1, true>(&w2, &g2, pairs, keep, &low, &high, &word_index, base, factor);
+    auto apply = keep == 1.0f ? apply_pairs<1, true, false> : apply_pairs<1, true, true>;
+    apply(&w2, &g2, pairs, keep, &low, &high, &word_index, base, factor);
   } else {
-    apply_pairs<1, false>(&w2, &g2, pairs, keep, &eta, &eta, &word_index, base, factor);
+    auto apply = keep == 1.0f ? apply_pairs<1, false, false> : apply_pairs<1, false, true>;
+    apply(&w2, &g2, pairs, keep, &eta, &eta, &word_index, base, factor);
   }
   if (first + 2 * pairs < cols) single(cols - 1);
 }
@@ -137,7 +141,8 @@ inline void apply_block(bf16* W, const bf16* G, int64_t first, int64_t cols, flo
       odd[k] = by_column ? halves.high.data() : even[k];
       word_index[k] = uint32_t(row * cols) >> 1;
     }
-    auto apply = by_column ? apply_pairs<STREAMS, true> : apply_pairs<STREAMS, false>;
+    auto apply = keep == 1.0f ? (by_column ? apply_pairs<STREAMS, true, false> : apply_pairs<STREAMS, false, false>)
+                              : (by_column ? apply_pairs<STREAMS, true, true> : apply_pairs<STREAMS, false, true>);
     apply(w, g, cols / 2, keep, even, odd, word_index, uint32_t(hash[0]), uint32_t(hash[1]));
   }
 }
