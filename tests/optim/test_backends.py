@@ -142,8 +142,12 @@ def test_limited_scaling_factors(backend: str) -> None:
     torch.testing.assert_close(torch.cat(last), torch.tensor([3.0, 2.0, 10.0, 2.0, 2.0, 2.0]), rtol=1e-6, atol=0)
 
 
-# One block of 16 and less, several, with and without a rest; ranks of one group of buckets, of several, and of no whole number.
-@pytest.mark.parametrize(("m", "rank"), [(16, 16), (33, 16), (50, 20), (64, 32), (70, 3), (100, 48)])
+# One block of 16 and less, several, with and without a rest; ranks of one group of buckets, of several, and of no whole number;
+# buckets of an odd number of blocks, and not all of one number.
+_BLOCKS = [(16, 16), (33, 16), (48, 16), (50, 20), (64, 32), (70, 3), (80, 32), (100, 48)]
+
+
+@pytest.mark.parametrize(("m", "rank"), _BLOCKS)
 @pytest.mark.parametrize("n", [0, 9, 1600], ids=["square", "a few more", "several pieces"])
 @pytest.mark.parametrize("channel_dim", [-2, -1], ids=["tall", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -152,10 +156,10 @@ def test_a_sketch_of_blocks(backend: str, dtype: torch.dtype, channel_dim: int, 
     if INTERPRETED and n > 9:
         pytest.skip("the interpreter takes minutes")
     shape = (m + n, m) if channel_dim == -2 else (m, m + n)
-    G = [torch.randn(1, *shape).to(dtype) for _ in range(2)]
+    G = [torch.randn(1, *shape).to(dtype) for _ in range(3)]  # of two threads one has two
     size = layout(*shape, rank)
-    sketches = [make("sketch", seed, 0, size) for seed in (1, 2)]
-    R = torch.full((2, *((m + n, rank) if channel_dim == -2 else (rank, m + n))), 7.0)  # whatever was there
+    sketches = [make("sketch", seed, 0, size) for seed in (1, 2, 3)]
+    R = torch.full((3, *((m + n, rank) if channel_dim == -2 else (rank, m + n))), 7.0)  # whatever was there
     made = steps.choose(backend, torch.device("cpu"))
     G_sq, R_sq = made.measure(G, sketches, channel_dim, R), made.norms(R, -3 - channel_dim)
     for i, (g, sketch) in enumerate(zip(G, sketches, strict=True)):
@@ -168,6 +172,24 @@ def test_a_sketch_of_blocks(backend: str, dtype: torch.dtype, channel_dim: int, 
         for found, exact in ((R[i], expected), (G_sq[i], x.square().sum(-3 - channel_dim))):
             torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(R_sq[i].double(), expected.square().sum(-3 - channel_dim), rtol=1e-5, atol=1e-4)
+
+
+# Products of bf16 pairs take a square of less than 2^-126 for zero: 1e-20 has one, and is not zero.
+@pytest.mark.parametrize("n", [0, 5, 200], ids=["square", "a few more", "streams"])
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "compiled"])
+def test_a_sketch_sees_tiny_numbers_and_zeros(backend: str, n: int) -> None:
+    m, rank = 64, 16
+    G = torch.zeros(1, m + n, m, dtype=torch.bfloat16)
+    G[0, ::3] = torch.randn(len(G[0, ::3]), m)
+    G[0, 1::3] = torch.randn(len(G[0, 1::3]), m) * 1e-20
+    sketch = make("sketch", 1, 0, layout(m + n, m, rank))
+    found = []
+    for name in ("reference", backend):
+        made, R = steps.choose(name, torch.device("cpu")), torch.full((1, m + n, rank), 7.0)
+        found.append((made.measure([G], [sketch], -2, R), made.norms(R, -1), R))
+    assert (found[1][0][0] > 0).tolist() == [i % 3 < 2 for i in range(m + n)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-43)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

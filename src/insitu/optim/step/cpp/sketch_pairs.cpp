@@ -67,11 +67,11 @@ inline void measure_rows(const bf16* const* g, int64_t cols, const std::vector<T
   float* R[STREAMS];
   __m512 squares[STREAMS], norms[STREAMS], sums[STREAMS];
   for (int64_t k = 0; k < STREAMS; k++) row[k] = g[k], R[k] = out[k], squares[k] = norms[k] = _mm512_setzero_ps();
-  int64_t per_bucket = int64_t(blocks.size()) * LANES / rank, ahead = cols;
+  int64_t ahead = cols;
   const Two* two = blocks.data();
   for (int64_t b = 0; b < rank; b += LANES) {
     for (int64_t k = 0; k < STREAMS; k++) sums[k] = _mm512_setzero_ps();
-    for (int64_t n = 0; n < per_bucket; n++, two++, ahead += 2 * LANES) {
+    for (int64_t i = b; i < cols; i += 2 * rank, two++, ahead += 2 * LANES) {
       const Two now = *two;
       for (int64_t k = 0; k < STREAMS; k++) {
         auto block = [&](int64_t from) {
