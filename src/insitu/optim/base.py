@@ -7,7 +7,7 @@ need few collectives, and what a user gave is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, overload
 
 import torch
@@ -179,8 +179,11 @@ class TensorWise(Formulas):
             refuse_capture()
         for group in self.param_groups:
             self._check(group)
-        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
-        steps = None if self._kept is None else self._kept.again(self.param_groups, stepped, self.state)
+        found = [
+            (p, g) for group in self.param_groups for p in group["params"] if (g := p.grad) is not None and p.numel()
+        ]
+        stepped = [p for p, _ in found]
+        steps = None if self._kept is None else self._kept.again(self.param_groups, found, self.state)
         if steps is None:
             self._kept = None
             chosen = set(stepped)
@@ -192,16 +195,17 @@ class TensorWise(Formulas):
                 self._counters.left -= 1
             steps = self._bundles(turns)
             if all(map(keepable, turns)):
-                self._kept = Kept(self.param_groups, [step.bundle for step in steps], stepped)
+                self._kept = Kept(self.param_groups, [step.bundle for step in steps], stepped, self.state)
         late: list[Task] | None = None
         if at_once and any(group["backend"] == "fused" for group in self.param_groups):
             late = []  # some weights are written before all gradients are seen
         write_tensors, _ = self._prepare(steps, Backends(self._scratch, at_once), late)
+        kept = self._kept is not None  # then all are on a CPU
 
         @torch.no_grad()
         def write() -> None:
             write_tensors(Backends(self._scratch, at_once))  # the number of threads may be another by now
-            self.observe(stepped)
+            self.observe(() if kept else stepped)
             for task in late or ():
                 refuse_nonfinite(task)
 
@@ -248,7 +252,8 @@ class TensorWise(Formulas):
             links = self._links(tasks[0]) if len(tasks) == 1 else Links()
             done = together[0].done
             counts = None if done is None else HostCounts.of([task.state["step"] for task in tasks])
-            bundle = Bundle(tasks, self._bind(tasks), links, counts)
+            largest = max(task.part.tensor.nbytes for task in tasks)
+            bundle = Bundle(tasks, self._bind(tasks), links, counts, largest)
             clock = self._counters.clock(tasks) if done is None else done
             steps.append(Step(bundle, [turn.gradient for turn in together], clock))
         return steps
@@ -258,7 +263,7 @@ class TensorWise(Formulas):
     ) -> tuple[Callable[[Backends], None], dict[int, Tensor]]:
         """The first half of a step of these tensors; the second, still without :meth:`observe`, and the |G|^2 of each, by
         bundle. Whose gradient is not finite is refused at once, or put into ``late``."""
-        self._scratch.begin(max((task.part.tensor.nbytes for step in steps for task in step.bundle.tasks), default=0))
+        self._scratch.begin(max((step.bundle.nbytes for step in steps), default=0))
         squares: dict[int, Tensor] = {}
         all_step: dict[int, bool] = {}  # known where the host can read it
 
@@ -271,8 +276,8 @@ class TensorWise(Formulas):
             squares[i] = square
             if isinstance(done, int) and readable(square):
                 found = square.tolist()
-                all_step[i] = all(isfinite(x) and x != 0 for x in found)
-                for task, x in zip(together, found, strict=True):
+                all_step[i] = all(0 < x < inf for x in found)
+                for task, x in () if all_step[i] else zip(together, found, strict=True):
                     if isfinite(x):
                         continue
                     if late is None:

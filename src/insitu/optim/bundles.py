@@ -30,6 +30,7 @@ class Bundle(NamedTuple):
     plan: Bound
     links: Links
     counts: HostCounts | None  # their updates, where the host has them
+    nbytes: int  # of the largest
 
 
 class Step(NamedTuple):

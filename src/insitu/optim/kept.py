@@ -24,26 +24,38 @@ _FREE = ("params", "param_names", "lr")  # what may change between steps without
 class Kept:
     """The bundles of a step of ``stepped``, all parameters that have a gradient, and what they hold for."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]], bundles: Sequence[Bundle], stepped: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        bundles: Sequence[Bundle],
+        stepped: Sequence[Tensor],
+        state: dict[Tensor, Any],
+    ) -> None:
         self._groups, self._options = list(groups), [_options(group) for group in groups]
         self._bundles, self._stepped = bundles, list(stepped)
-        self._tasks = [task for bundle in bundles for task in bundle.tasks]
-        self._params = [task.parameter for task in self._tasks]
-        self._states = [task.state for task in self._tasks]
+        self._params = [task.parameter for bundle in bundles for task in bundle.tasks]
+        place = {p: i for i, p in enumerate(stepped)}
+        self._order = [place[p] for p in self._params]
+        self._known, self._states = list(state), list(state.values())
         self._values = self._state_values()
-        self._held = [x for x in self._values if isinstance(x, Tensor)]
+        # Whose addresses the kernels have.
+        self._held = [
+            x for p in self._params for name, x in state[p].items() if isinstance(x, Tensor) and name != "skipped"
+        ]
         self._facts = self._look([p.grad for p in self._params if p.grad is not None])
 
     def again(
-        self, groups: Sequence[dict[str, Any]], stepped: Sequence[Tensor], state: dict[Tensor, Any]
+        self, groups: Sequence[dict[str, Any]], found: Sequence[tuple[Tensor, Tensor]], state: dict[Tensor, Any]
     ) -> list[Step] | None:
-        """The bundles with their new gradients; None if anything is not what it was."""
-        if not (_are(self._groups, groups) and _are(self._stepped, stepped)):
+        """The bundles with their new gradients, of all parameters that are ``found`` with one; None if anything is not what it
+        was."""
+        if not (_are(self._groups, groups) and _are(self._stepped, [p for p, _ in found])):
             return None
-        gradients = [p.grad for p in self._params if p.grad is not None]
+        gradients = [found[i][1] for i in self._order]
         same = (
             [_options(group) for group in groups] == self._options
-            and _are(self._states, list(map(state.get, self._params)))
+            and _are(self._known, list(state))
+            and _are(self._states, list(state.values()))
             and _are(self._values, self._state_values())
             and self._look(gradients) == self._facts
         )
