@@ -155,11 +155,23 @@ _BLOCKS = [(16, 16), (33, 16), (48, 16), (50, 20), (64, 32), (70, 3), (80, 32), 
 def test_a_sketch_of_blocks(backend: str, dtype: torch.dtype, channel_dim: int, n: int, m: int, rank: int) -> None:
     if INTERPRETED and n > 9:
         pytest.skip("the interpreter takes minutes")
-    shape = (m + n, m) if channel_dim == -2 else (m, m + n)
+    _check_sketches((m + n, m) if channel_dim == -2 else (m, m + n), rank, backend, dtype)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes minutes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "compiled"])
+def test_a_sketch_that_no_cache_holds(backend: str, dtype: torch.dtype) -> None:
+    _check_sketches((22_501, 80), 64, backend, dtype)
+
+
+def _check_sketches(shape: tuple[int, int], rank: int, backend: str, dtype: torch.dtype) -> None:
+    """R and both norms of three matrices in one call, against float64."""
+    m, n = sorted(shape)
+    channel_dim = -2 if shape[0] >= shape[1] else -1
     G = [torch.randn(1, *shape).to(dtype) for _ in range(3)]  # of two threads one has two
-    size = layout(*shape, rank)
-    sketches = [make("sketch", seed, 0, size) for seed in (1, 2, 3)]
-    R = torch.full((3, *((m + n, rank) if channel_dim == -2 else (rank, m + n))), 7.0)  # whatever was there
+    sketches = [make("sketch", seed, 0, layout(*shape, rank)) for seed in (1, 2, 3)]
+    R = torch.full((3, *((n, rank) if channel_dim == -2 else (rank, n))), 7.0)  # whatever was there
     made = steps.choose(backend, torch.device("cpu"))
     G_sq, R_sq = made.measure(G, sketches, channel_dim, R), made.norms(R, -3 - channel_dim)
     for i, (g, sketch) in enumerate(zip(G, sketches, strict=True)):

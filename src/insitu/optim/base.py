@@ -179,11 +179,8 @@ class TensorWise(Formulas):
             refuse_capture()
         for group in self.param_groups:
             self._check(group)
-        found = [
-            (p, g) for group in self.param_groups for p in group["params"] if (g := p.grad) is not None and p.numel()
-        ]
-        stepped = [p for p, _ in found]
-        steps = None if self._kept is None else self._kept.again(self.param_groups, found, self.state)
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+        steps = None if self._kept is None else self._kept.again(self.param_groups, stepped, self.state)
         if steps is None:
             self._kept = None
             chosen = set(stepped)

@@ -34,8 +34,6 @@ class Kept:
         self._groups, self._options = list(groups), [_options(group) for group in groups]
         self._bundles, self._stepped = bundles, list(stepped)
         self._params = [task.parameter for bundle in bundles for task in bundle.tasks]
-        place = {p: i for i, p in enumerate(stepped)}
-        self._order = [place[p] for p in self._params]
         self._known, self._states = list(state), list(state.values())
         self._values = self._state_values()
         # Whose addresses the kernels have.
@@ -45,13 +43,12 @@ class Kept:
         self._facts = self._look([p.grad for p in self._params if p.grad is not None])
 
     def again(
-        self, groups: Sequence[dict[str, Any]], found: Sequence[tuple[Tensor, Tensor]], state: dict[Tensor, Any]
+        self, groups: Sequence[dict[str, Any]], stepped: Sequence[Tensor], state: dict[Tensor, Any]
     ) -> list[Step] | None:
-        """The bundles with their new gradients, of all parameters that are ``found`` with one; None if anything is not what it
-        was."""
-        if not (_are(self._groups, groups) and _are(self._stepped, [p for p, _ in found])):
+        """The bundles with their new gradients; None if anything is not what it was."""
+        if not (_are(self._groups, groups) and _are(self._stepped, stepped)):
             return None
-        gradients = [found[i][1] for i in self._order]
+        gradients = [p.grad for p in self._params if p.grad is not None]
         same = (
             [_options(group) for group in groups] == self._options
             and _are(self._known, list(state))
@@ -76,11 +73,16 @@ class Kept:
 
     def _look(self, gradients: Sequence[Tensor]) -> list[list[Any]]:
         """What bundles depend on besides the options, and which objects the state has."""
-        # Each tensor is touched once: 272 of them, with what Python holds of each, do not stay in the first cache.
+        # One pass per fact: a tuple per tensor would have the garbage collector run in every step.
         return [
-            [(p.data_ptr(), p.shape, p.dtype, p.is_contiguous()) for p in self._params],
-            [(type(g), g.dtype, g.layout is strided and g.is_contiguous()) for g in gradients],
-            [x.data_ptr() for x in self._held],
+            list(map(Tensor.data_ptr, self._params)),
+            [p.shape for p in self._params],
+            [p.dtype for p in self._params],
+            list(map(Tensor.is_contiguous, self._params)),
+            list(map(type, gradients)),
+            [g.dtype for g in gradients],
+            [g.layout is strided and g.is_contiguous() for g in gradients],
+            list(map(Tensor.data_ptr, self._held)),
         ]
 
 

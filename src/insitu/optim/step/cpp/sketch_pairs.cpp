@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t LANES = 16;  // of insitu.optim.projection
 constexpr float TINY = std::numeric_limits<float>::min();
+constexpr int64_t FAR = 16 << 20;  // bytes: more than a cache keeps
 constexpr uint32_t ALL = 0xFFFFFFFFu, LOWER = 0x55555555u;  // words of a register
 
 inline __m512bh halves(__m512i words) { return (__m512bh)words; }
@@ -60,13 +61,21 @@ void measure_plainly(const bf16* x, int64_t cols, const int32_t* order, const fl
   for (int64_t b = 0; b < rank; b++) R_sq += R[b] * R[b];
 }
 
-// Blocks come in the order of buckets, not of memory: a core does not fetch ahead by itself.
-inline void measure_rows(const bf16* const* g, int64_t cols, const std::vector<Two>& blocks, int64_t rank, float* const* out,
-                         float* R_sq, float* G_sq) {
+// Squares first, in the order of memory, in which a core fetches ahead by itself; then blocks, in the order of buckets. `far`: R
+// does not stay in a cache, so that it need not come there.
+inline void measure_rows(const bf16* const* g, int64_t cols, const std::vector<Two>& blocks, int64_t rank, bool far,
+                         float* const* out, float* R_sq, float* G_sq) {
   const bf16* row[STREAMS];  // here, where nothing that is written can be one of them
   float* R[STREAMS];
   __m512 squares[STREAMS], norms[STREAMS], sums[STREAMS];
   for (int64_t k = 0; k < STREAMS; k++) row[k] = g[k], R[k] = out[k], squares[k] = norms[k] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < cols; i += 2 * LANES) {
+    __mmask32 found = cols - i < 2 * LANES ? 0xFFFFu : ALL;
+    for (int64_t k = 0; k < STREAMS; k++) {
+      auto x = halves(_mm512_maskz_loadu_epi16(found, row[k] + i));
+      squares[k] = _mm512_dpbf16_ps(squares[k], x, x);
+    }
+  }
   int64_t ahead = cols;
   const Two* two = blocks.data();
   for (int64_t b = 0; b < rank; b += LANES) {
@@ -78,13 +87,13 @@ inline void measure_rows(const bf16* const* g, int64_t cols, const std::vector<T
           return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(row[k] + from)));
         };
         auto both = halves(_mm512_maskz_permutex2var_epi16(now.found, block(now.first), now.places, block(now.second)));
-        squares[k] = _mm512_dpbf16_ps(squares[k], both, both);
         sums[k] = _mm512_dpbf16_ps(sums[k], both, halves(now.signs));
         fetch(row[k] + ahead);
       }
     }
     for (int64_t k = 0; k < STREAMS; k++) {
-      _mm512_storeu_ps(R[k] + b, sums[k]), norms[k] = _mm512_fmadd_ps(sums[k], sums[k], norms[k]);
+      far ? _mm512_stream_ps(R[k] + b, sums[k]) : _mm512_storeu_ps(R[k] + b, sums[k]);
+      norms[k] = _mm512_fmadd_ps(sums[k], sums[k], norms[k]);
     }
   }
   for (int64_t k = 0; k < STREAMS; k++) G_sq[k] = _mm512_reduce_add_ps(squares[k]), R_sq[k] = _mm512_reduce_add_ps(norms[k]);
@@ -99,15 +108,17 @@ bool is_zero(const bf16* x, int64_t cols) {
 
 void measure_tall(int64_t num, const bf16* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
                   const float* const* signs, int64_t rank, float* R, float* R_sq, float* G_sq) {
+  bool far = num * rows * rank * int64_t(sizeof(float)) > FAR && uintptr_t(R) % 64 == 0;
   for_rows(num, rows, cols, G, [=, blocks = Blocks()](int64_t t, const int64_t* at, const bf16* const* g) mutable {
     float *r[STREAMS], norms[STREAMS], squares[STREAMS];
     for (int64_t k = 0; k < STREAMS; k++) r[k] = R + at[k] * rank;
-    measure_rows(g, cols, blocks.take(order[t], signs[t], cols, rank), rank, r, norms, squares);
+    measure_rows(g, cols, blocks.take(order[t], signs[t], cols, rank), rank, far, r, norms, squares);
     for (int64_t k = 0; k < STREAMS; k++) {
       if (squares[k] < TINY && !is_zero(g[k], cols))
         measure_plainly(g[k], cols, order[t], signs[t], rank, r[k], norms[k], squares[k]);
       R_sq[at[k]] = norms[k], G_sq[at[k]] = squares[k];
     }
+    if (far) _mm_sfence();  // for whoever reads R
   });
 }
 
