@@ -269,7 +269,10 @@ class TensorWise(Formulas):
             if isinstance(done, Clock) and (due := self._due(together, done)) is not None:
                 own[0].view(len(together), -1).masked_fill_(due[:, None], 0)  # as if its gradient were zero
                 totals[:1].masked_fill_(due.any(), 0)
-            square = totals[:1] if len(together) == 1 else own[0].view(len(together), -1).sum(1)
+            if len(together) == 1:
+                square = totals[:1]
+            else:
+                square = own[0] if own.shape[1] == len(together) else own[0].view(len(together), -1).sum(1)
             squares[i] = square
             if isinstance(done, int) and readable(square):
                 found = square.tolist()

@@ -104,8 +104,7 @@ template <class T>
 void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols, const float* const* P, float* R,
                       float* G_sq) {
   Pieces pieces(cols, WIDE);
-#pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * pieces.num; at++) {
+  share(num * pieces.num, [=](int64_t at) {
     int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
     float r[WIDE] = {}, square[WIDE] = {};
     const T* g = G[t] + first;
@@ -114,7 +113,7 @@ void measure_one_wide(int64_t num, const T* const* G, int64_t rows, int64_t cols
     for (int64_t row = STREAMS * apart; row < rows; row++) add_one<1>(g + row * cols, cols, 1, P[t] + row, count, r, square);
     put(r, count, R + t * cols + first, g);
     put(square, count, G_sq + t * cols + first, g);
-  }
+  });
 }
 
 }  // namespace

@@ -115,8 +115,7 @@ void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t c
 #ifdef REGISTERS
   if (rank % LANES == 0 && cols % LANES == 0) {
     int64_t groups = (rows + ABREAST - 1) / ABREAST;
-#pragma omp parallel for schedule(static)
-    for (int64_t at = 0; at < num * groups; at++) {
+    share(num * groups, [=](int64_t at) {
       int64_t t = at / groups, row = at % groups * ABREAST, end = std::min(row + ABREAST, rows);
       auto measure = [&](auto measured, int64_t row) {
         int64_t to = t * rows + row;
@@ -127,28 +126,24 @@ void measure_sketch_tall(int64_t num, const T* const* G, int64_t rows, int64_t c
       } else {
         for (; row < end; row++) measure(measure_blocks<1, T>, row);
       }
-    }
+    });
     return;
   }
 #endif
-#pragma omp parallel
-  {
-    std::vector<float> turned(repeats * rank);  // what is left over stays 0
+  std::vector<float> turned(repeats * rank);  // what is left over stays 0
+  share(num * rows, [=](int64_t at) mutable {
+    int64_t t = at / rows;
     float* y = turned.data();
-#pragma omp for schedule(static)
-    for (int64_t at = 0; at < num * rows; at++) {
-      int64_t t = at / rows;
-      G_sq[at] = turn(G[t] + at % rows * cols, cols, order[t], signs[t], y);
-      for (int64_t i = 1; i < repeats; i++) {
+    G_sq[at] = turn(G[t] + at % rows * cols, cols, order[t], signs[t], y);
+    for (int64_t i = 1; i < repeats; i++) {
 #pragma omp simd
-        for (int64_t b = 0; b < rank; b++) y[b] += y[i * rank + b];
-      }
-      float *r = R + at * rank, norm = 0;
-#pragma omp simd reduction(+ : norm)
-      for (int64_t b = 0; b < rank; b++) r[b] = y[b], norm += y[b] * y[b];
-      R_sq[at] = norm;
+      for (int64_t b = 0; b < rank; b++) y[b] += y[i * rank + b];
     }
-  }
+    float *r = R + at * rank, norm = 0;
+#pragma omp simd reduction(+ : norm)
+    for (int64_t b = 0; b < rank; b++) r[b] = y[b], norm += y[b] * y[b];
+    R_sq[at] = norm;
+  });
 }
 
 // N rows of one bucket; with what is in it already unless they are the FIRST, and |sum|^2 when they are the LAST. `next`: rows
@@ -193,8 +188,7 @@ void measure_sketch_wide(int64_t num, const T* const* G, int64_t rows, int64_t c
                          const float* const* signs, int64_t rank, float* R, float* R_sq, float* G_sq) {
   constexpr int64_t MOST = 4;  // rows at a time
   Pieces pieces(cols, WIDE);
-#pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * pieces.num; at++) {
+  share(num * pieces.num, [=](int64_t at) {
     int64_t t = at / pieces.num, first = pieces.first(at), count = pieces.count(at);
     float square[WIDE] = {}, norm[WIDE] = {};
     auto row = [&](int64_t place) { return G[t] + order[t][std::min(place, rows - 1)] * cols + first; };
@@ -212,7 +206,7 @@ void measure_sketch_wide(int64_t num, const T* const* G, int64_t rows, int64_t c
     }
     std::copy(norm, norm + count, R_sq + t * cols + first);
     std::copy(square, square + count, G_sq + t * cols + first);
-  }
+  });
 }
 
 }  // namespace

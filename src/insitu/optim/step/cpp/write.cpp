@@ -100,11 +100,12 @@ inline void apply_rounded(float*, const S*, int64_t, float, const float*, bool, 
 }  // never asked for
 
 template <class T, class S>
-void adamw_typed(int64_t num, T* const* W, const S* const* G, float* const* M, float* const* V, int64_t size, const Adam& a,
-                 float keep, float rate, const int64_t* hash) {
+void adamw_typed(int64_t num, T* const* W, const S* const* G, float* const* M, float* const* V, int64_t size, const Adam& adam,
+                 float all_keep, float all_rate, const int64_t* hash) {
   int64_t pieces = (size + PIECE - 1) / PIECE;
-#pragma omp parallel for schedule(static)
-  for (int64_t at = 0; at < num * pieces; at++) {
+  share(num * pieces, [=](int64_t at) {
+    const Adam a = adam;  // here, where nothing that is written can be one of these numbers
+    const float keep = all_keep, rate = all_rate;
     int64_t t = at / pieces, first = at % pieces * PIECE, count = std::min(PIECE, size - first);
     T* w = W[t] + first;
     const S* g = G[t] + first;
@@ -121,7 +122,7 @@ void adamw_typed(int64_t num, T* const* W, const S* const* G, float* const* M, f
 #pragma omp simd
       for (int64_t j = 0; j < count; j++) store(w[j], moved[j]);
     }
-  }
+  });
 }
 
 // STREAMS rows at a time, as for_rows has them, of a matrix whose rows are whole pairs. W is what has to come from memory; G may
@@ -158,33 +159,27 @@ void apply_typed(int64_t num, T* const* W, const S* const* G, int64_t rows, int6
   for (int64_t t = 0; in_pairs && t < num; t++) in_pairs = hash[3 * t + 2] % 2 == 0;
   int64_t blocks = in_pairs ? rows / BLOCK : 0, singles = rows - blocks * BLOCK;
   auto keep_of = [=](int64_t t) { return 1 - (decay ? decay[t] : 0.0f); };
-  Halves halves;
-#pragma omp parallel firstprivate(halves)
-  {
-#pragma omp for schedule(static) nowait
-    for (int64_t at = 0; at < num * blocks; at++) {
-      int64_t t = at / blocks, first = at % blocks * BLOCK;
-      apply_block(W[t], G[t], first, cols, keep_of(t), eta_s + t * eta_matrix, eta_row, eta_col != 0, hash + 3 * t, halves);
-    }
-#pragma omp for schedule(static)
-    for (int64_t at = 0; at < num * singles; at++) {
-      int64_t t = at / singles, row = blocks * BLOCK + at % singles;
-      T* w = W[t] + row * cols;
-      const S* g = G[t] + row * cols;
-      const float* eta = eta_s + t * eta_matrix + row * eta_row;
-      float keep = keep_of(t), one = eta[0];
-      if (hash) {
-        uint32_t place = uint32_t(row * cols + hash[3 * t + 2]);
-        apply_rounded(w, g, cols, keep, eta, eta_col != 0, place, uint32_t(hash[3 * t]), uint32_t(hash[3 * t + 1]), halves);
-      } else if (eta_col == 0) {
+  share(num * blocks, [=, halves = Halves()](int64_t at) mutable {
+    int64_t t = at / blocks, first = at % blocks * BLOCK;
+    apply_block(W[t], G[t], first, cols, keep_of(t), eta_s + t * eta_matrix, eta_row, eta_col != 0, hash + 3 * t, halves);
+  });
+  share(num * singles, [=, halves = Halves()](int64_t at) mutable {
+    int64_t t = at / singles, row = blocks * BLOCK + at % singles;
+    T* w = W[t] + row * cols;
+    const S* g = G[t] + row * cols;
+    const float* eta = eta_s + t * eta_matrix + row * eta_row;
+    float keep = keep_of(t), one = eta[0];
+    if (hash) {
+      uint32_t place = uint32_t(row * cols + hash[3 * t + 2]);
+      apply_rounded(w, g, cols, keep, eta, eta_col != 0, place, uint32_t(hash[3 * t]), uint32_t(hash[3 * t + 1]), halves);
+    } else if (eta_col == 0) {
 #pragma omp simd
-        for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), one));
-      } else {
+      for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), one));
+    } else {
 #pragma omp simd
-        for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), eta[j]));
-      }
+      for (int64_t j = 0; j < cols; j++) store(w[j], moved(load(w[j]), keep, load(g[j]), eta[j]));
     }
-  }
+  });
 }
 
 }  // namespace
