@@ -109,7 +109,8 @@ void factors(int64_t num, int64_t n, const float* above, const float* below, con
 void limited(int64_t num, int64_t n, int64_t b, float* s, const double* norm_sq, float* const* last_norm, const float* live,
              const float* numbers) {
   auto take = [=](int64_t t) {
-    float *out = s + t * n, &last = last_norm[t / b][t % b], norm = std::sqrt(float(norm_sq[t])) * numbers[0], factor = numbers[2];
+    float *out = s + t * n, &last = last_norm[t / b][t % b];
+    float norm = std::sqrt(float(norm_sq[t])) * numbers[0], factor = numbers[2];
     if (!(live[t] > 0)) {
       std::fill(out, out + n, 0.0f);
       return;

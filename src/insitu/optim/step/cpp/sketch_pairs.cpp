@@ -124,9 +124,8 @@ void measure_tall(int64_t num, const bf16* const* G, int64_t rows, int64_t cols,
 
 }  // namespace
 
-bool measure_sketch_by_pairs(int64_t num, const bf16* const* G, int64_t rows, int64_t cols,
-                             const int32_t* const* order, const float* const* signs, int64_t rank, float* R, float* R_sq,
-                             float* G_sq) {
+bool measure_sketch_by_pairs(int64_t num, const bf16* const* G, int64_t rows, int64_t cols, const int32_t* const* order,
+                             const float* const* signs, int64_t rank, float* R, float* R_sq, float* G_sq) {
   if (rank % LANES || cols % LANES) return false;
   measure_tall(num, G, rows, cols, order, signs, rank, R, R_sq, G_sq);
   return true;
