@@ -20,8 +20,9 @@ from insitu.optim.step import carried, carried_elements, choose, kernels, native
 if isinstance(native.build(), str):
     pytest.skip(f"no kernels: {native.build()}", allow_module_level=True)
 
-# Tall, wide and square, rows of an odd number of elements, and vectors: of each so many that threads take whole ones.
-SHAPES = [(70, 34), (34, 70), (48, 48), (41, 23), (23, 41), (37,), (64,)]
+# Tall, wide and square, rows of an odd number of elements, more channels than are added up at once, and vectors: of each so
+# many that threads take whole ones.
+SHAPES = [(70, 34), (34, 70), (48, 48), (41, 23), (23, 41), (150, 20), (37,), (64,)]
 NUM = 9
 OPTIONS: list[dict[str, Any]] = [
     {"rank": 1},
