@@ -78,6 +78,7 @@ def other_state(optimizer: APOLLO, params: list[nn.Parameter]) -> None:
 def moved_state(name: str) -> Change:
     def change(optimizer: APOLLO, params: list[nn.Parameter]) -> None:
         value = optimizer.state[params[1]][name]
+        # Held, so that whoever writes there still does it unseen.
         params[0].old, value.data = value.data, value.data.clone()  # type: ignore[attr-defined]
         if name != "step":  # with other counts than its neighbours' it would be looked up anyway
             params[0].old.fill_(7)  # type: ignore[attr-defined]
@@ -152,6 +153,10 @@ CHANGES: dict[str, Change] = {
 }
 
 
+# Beside other memory.
+_SAME_NUMBERS = {"strides", "other state", "another state dict", "loaded", "another group", "strided gradient"}
+
+
 @pytest.mark.parametrize("backend", ["reference", "blocked", "native", "fused"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_kept_changes_no_bit(name: str, backend: str) -> None:
@@ -161,19 +166,8 @@ def test_what_is_kept_changes_no_bit(name: str, backend: str) -> None:
         assert torch.equal(one, other)
     if name != "nothing":
         unchanged = run(CHANGES["nothing"], True, backend=backend, nonfinite="skip")
-        assert (
-            name.startswith("other memory")
-            or name
-            in (
-                "strides",
-                "other state",
-                "another state dict",
-                "loaded",
-                "another group",
-                "strided gradient",
-            )
-            or any(not torch.equal(x, y) for x, y in zip(kept, unchanged, strict=False) if x.shape == y.shape)
-        ), "the change must be one"
+        changed = any(not torch.equal(x, y) for x, y in zip(kept, unchanged, strict=False) if x.shape == y.shape)
+        assert changed or name.startswith("other memory") or name in _SAME_NUMBERS, "the change must be one"
 
 
 @pytest.mark.parametrize("options", [{"moments": "bfloat16"}, {"projection": "sketch"}, {"projection": "svd"}], ids=str)

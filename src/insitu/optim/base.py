@@ -7,7 +7,7 @@ need few collectives, and what a user gave is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import inf, isfinite
+from math import isfinite
 from typing import Any, overload
 
 import torch
@@ -269,15 +269,12 @@ class TensorWise(Formulas):
             if isinstance(done, Clock) and (due := self._due(together, done)) is not None:
                 own[0].view(len(together), -1).masked_fill_(due[:, None], 0)  # as if its gradient were zero
                 totals[:1].masked_fill_(due.any(), 0)
-            if len(together) == 1:
-                square = totals[:1]
-            else:
-                square = own[0] if own.shape[1] == len(together) else own[0].view(len(together), -1).sum(1)
+            square = totals[:1] if len(together) == 1 else own[0].view(len(together), -1).sum(1)
             squares[i] = square
             if isinstance(done, int) and readable(square):
                 found = square.tolist()
-                all_step[i] = all(0 < x < inf for x in found)
-                for task, x in () if all_step[i] else zip(together, found, strict=True):
+                all_step[i] = all(isfinite(x) and x != 0 for x in found)
+                for task, x in zip(together, found, strict=True):
                     if isfinite(x):
                         continue
                     if late is None:

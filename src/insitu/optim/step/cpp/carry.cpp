@@ -57,15 +57,15 @@ void hash_numbers(uint64_t seed, int64_t done, int64_t* out) {
 }
 
 double total(const float* x, int64_t n) {
-  constexpr int64_t APART = 64;  // so many sums at once: one waits for what it had
-  double sums[APART] = {}, sum = 0;
+  constexpr int64_t SUMS = 64;  // at once: a single one waits for what it had
+  double sums[SUMS] = {}, sum = 0;
   int64_t j = 0;
-  for (; j + APART <= n; j += APART) {
+  for (; j + SUMS <= n; j += SUMS) {
 #pragma omp simd
-    for (int64_t k = 0; k < APART; k++) sums[k] += x[j + k];
+    for (int64_t k = 0; k < SUMS; k++) sums[k] += x[j + k];
   }
   for (; j < n; j++) sum += x[j];
-  for (int64_t k = 0; k < APART; k++) sum += sums[k];
+  for (int64_t k = 0; k < SUMS; k++) sum += sums[k];
   return sum;
 }
 

@@ -1,6 +1,4 @@
 // Between the two passes: sums of squares, moments, scaling factors and the limiter.
-#include <limits>
-
 #include "adam.h"
 #include "kernels.h"
 #include "rows.h"
@@ -8,7 +6,6 @@
 namespace {
 
 constexpr int64_t FEW = 512;  // numbers that one thread takes alone
-constexpr float TINY = std::numeric_limits<float>::min();
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define REGISTERS  // that a block of 16 float32 can be permuted in
@@ -14,6 +15,9 @@
 namespace {
 
 using bf16 = uint16_t;
+
+constexpr int64_t LANES = 16;  // neighbours that a sketch keeps together: of insitu.optim.projection
+constexpr float TINY = std::numeric_limits<float>::min();  // 2^-126
 
 inline float bits_to_float(uint32_t bits) {
   float x;

@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;  // of insitu.optim.projection
-
 // A block of LANES float32 in registers.
 #if defined(__AVX512F__)
 struct Block {

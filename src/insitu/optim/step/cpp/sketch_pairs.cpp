@@ -3,16 +3,12 @@
 //
 // These instructions take what is below 2^-126 for zero, a product too: of numbers of less than 1e-19 the squares are lost.
 // Where a sum of squares says that it may have happened, it is made again, one number at a time.
-#include <limits>
-
 #include "pairs.h"
 #include "rows.h"
 
 #ifdef __AVX512BF16__
 namespace {
 
-constexpr int64_t LANES = 16;  // of insitu.optim.projection
-constexpr float TINY = std::numeric_limits<float>::min();
 constexpr int64_t FAR = 16 << 20;  // bytes: more than a cache keeps
 constexpr uint32_t ALL = 0xFFFFFFFFu, LOWER = 0x55555555u;  // words of a register
 
